@@ -1,0 +1,1 @@
+"""Helpers that the configs of this bundle name; each module has one subject."""

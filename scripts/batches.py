@@ -1,0 +1,60 @@
+"""Noise and timesteps of a training or validation batch, as functions of seed and draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.engines import DiffusionPrepareBatch
+from monai.networks.schedulers import Scheduler
+from monai.utils import unsqueeze_right
+
+from scripts.diffusion import check_prediction_type, levels, target
+
+
+class SeededPrepareBatch(DiffusionPrepareBatch):
+    """MONAI's `DiffusionPrepareBatch` for any prediction type, with reproducible noise.
+
+    Each sample of a batch has its own generator, seeded by (seed, draw): the noise of a draw is the same whatever the
+    batch size, the number of processes, or how often the run was stopped and resumed.
+
+    Args:
+        scheduler: the MONAI scheduler that holds `alphas_cumprod`.
+        prediction_type: what the network predicts, see `scripts.diffusion`.
+        seed: of all noise.
+        num_strata: 0 draws timesteps uniformly from [0, T) (training). n > 0 draws the timestep of draw d from the
+            (d mod n)-th of n equal parts of [0, T), so that validation covers all of them.
+    """
+
+    def __init__(self, scheduler: Scheduler, prediction_type: str, seed: int = 0, num_strata: int = 0) -> None:
+        super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
+        check_prediction_type(prediction_type)
+        self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
+
+    def draw(self, draw: int, shape: torch.Size, device: torch.device) -> tuple[int, torch.Tensor]:
+        """(timestep, noise of `shape` on `device`) of one sample."""
+        state = np.random.SeedSequence([self.seed, draw, 0]).generate_state(2, np.uint64)
+        u = state[0] / 2.0**64
+        if self.num_strata:
+            u = (draw % self.num_strata + u) / self.num_strata
+        timestep = min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
+        generator = torch.Generator(device).manual_seed(int(state[1]))
+        return timestep, torch.randn(shape, generator=generator, device=device)
+
+    def __call__(
+        self,
+        batchdata: dict[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
+        """{"image": (B, C, *spatial) in [-1, 1], "draw": (B,)} -> (x_0, target, (), {"noise", "timesteps"})."""
+        images = batchdata["image"].to(device=device, non_blocking=non_blocking, **kwargs)
+        drawn = [self.draw(int(d), images.shape[1:], images.device) for d in batchdata["draw"]]
+        timesteps = torch.tensor([t for t, _ in drawn]).to(images.device, non_blocking=non_blocking)
+        noise = torch.stack([n for _, n in drawn])
+        a, s = levels(self.scheduler.alphas_cumprod.to(images.device)[timesteps])
+        a, s = (unsqueeze_right(level.to(images.dtype), images.ndim) for level in (a, s))
+        wanted = target(self.prediction_type, images, noise, a, s)
+        return images, wanted, (), {"noise": noise, "timesteps": timesteps}

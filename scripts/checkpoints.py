@@ -1,0 +1,246 @@
+"""Checkpoints of a whole training run, written atomically, and the weights that leave it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from torch import nn
+
+from scripts.errors import BundleError
+
+logger = logging.getLogger(__name__)
+PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
+
+
+def write_atomically(path: str, write: Callable[[str], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it: `path` is whole or absent.
+
+    Raises:
+        BundleError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
+    """
+    temporary = f"{path}.partial"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise BundleError(f"{path!r} could not be written ({e}); earlier files are untouched") from e
+
+
+def checkpoints_in(folder: str) -> list[str]:
+    """Paths of all checkpoints in a folder, the newest (highest iteration) first."""
+    names = [name for name in os.listdir(folder) if PATTERN.fullmatch(name)] if os.path.isdir(folder) else []
+    return [os.path.join(folder, n) for n in sorted(names, key=lambda n: -int(PATTERN.fullmatch(n).group(1)))]
+
+
+def load_file(path: str, device: torch.device | str = "cpu") -> dict:
+    """Read a PyTorch file with `weights_only` (nothing in it is executed).
+
+    Raises:
+        BundleError: it is torn, of another kind, or holds something else than a dictionary.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # torch.load has many ways to fail on a damaged file
+        reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
+        raise BundleError(
+            f"{path!r} cannot be read as PyTorch weights ({reason}); it may be truncated or of another kind"
+        ) from e
+    if not isinstance(content, dict):
+        raise BundleError(f"{path!r} holds a {type(content).__name__}; a state dict would be right")
+    return content
+
+
+def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
+    """Raises BundleError, naming tensors, where a state dict does not belong to a network."""
+    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    found = {name: tuple(t.shape) if isinstance(t, torch.Tensor) else type(t) for name, t in state_dict.items()}
+    differences = [
+        f"{name}: found {found.get(name, 'nothing')}, the network has {wanted.get(name, 'nothing')}"
+        for name in [*wanted, *(name for name in found if name not in wanted)]
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise BundleError(
+            f"{path!r} does not belong to the network of this config: {len(differences)} tensors differ (keys channels, "
+            "attention_levels, num_res_blocks and so on must be those of the training):\n  "
+            + "\n  ".join(differences[:5])
+            + more
+        )
+
+
+def load_weights(network: nn.Module, ckpt_path: str, **expected: Any) -> None:
+    """Load a plain state dict (`model.pt`) into a network.
+
+    Args:
+        network: receives the weights, on its own device and in its own type.
+        ckpt_path: the file; a JSON file of the same name beside it, which training writes, is compared with `expected`.
+        expected: knobs that must be as they were in training, such as prediction_type="epsilon".
+
+    Raises:
+        BundleError: no such file (says how to make one), torn, of another network, or trained with other knobs.
+    """
+    if not os.path.isfile(ckpt_path):
+        raise BundleError(
+            f"ckpt_path: there are no weights at {ckpt_path!r}. They are made by `python -m monai.bundle run training "
+            "--config_file configs/train.json --dataset_dir YOUR_SCANS`, or, as a small demonstration, by the first "
+            "command of README.md; --ckpt_path names other ones"
+        )
+    for key, value in described(ckpt_path).items():
+        if key in expected and expected[key] != value:
+            raise BundleError(
+                f"{key}: {expected[key]!r} was given, but {ckpt_path!r} was trained with {value!r}; give the same "
+                "(or the preset that was used for training)"
+            )
+    state_dict = load_file(ckpt_path)
+    check_fits(network, state_dict, ckpt_path)
+    network.load_state_dict(state_dict)
+
+
+def described(ckpt_path: str) -> dict:
+    """What training wrote about its weights beside them (model.pt -> model.json); empty where there is no such file."""
+    path = os.path.splitext(ckpt_path)[0] + ".json"
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+class RampedEMAHandler(EMAHandler):
+    """Ignite's `EMAHandler` with a momentum that starts at 1 and falls to `momentum`: max(momentum, 9 / (8 + k)).
+
+    The average then spans about the last tenth of the k iterations so far, so that the EMA weights of a short run are
+    not those of its random start. It is a function of the iteration alone, so a resumed run is exact.
+    """
+
+    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float) -> None:
+        """`ema_model` is a copy of `model`, without gradients, that other parts of a config can refer to."""
+        super().__init__(model, momentum)
+        self.ema_model = ema_model
+
+    def attach(self, engine: Engine, name: str = "ema_momentum", warn_if_exists: bool = False, **kwargs: Any) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.ramp, name)
+        super().attach(engine, name, warn_if_exists, **kwargs)
+
+    def ramp(self, engine: Engine, name: str) -> None:
+        setattr(engine.state, name, max(self.momentum, 9 / (8 + engine.state.iteration)))
+
+
+class ResumeHandler:
+    """Trainer handler, the first of all: at the start, go on from the newest checkpoint, or clear the way for a new run.
+
+    A run that starts afresh moves an earlier run's checkpoints to `ckpt_dir`/previous_1 (2, 3, ...) and copies its
+    model.pt there, so that nothing is lost and a later resume cannot mistake one run for the other.
+
+    Args:
+        ckpt_dir: where checkpoints are.
+        parts: {"network", "ema", "optimizer"}: what to restore.
+        sampler: a `DrawSampler`, told where to go on.
+        resume: continue from the newest checkpoint that loads whole; a torn one is passed over with a warning.
+    """
+
+    def __init__(self, ckpt_dir: str, parts: dict[str, Any], sampler: Any, resume: bool = False) -> None:
+        self.ckpt_dir, self.parts, self.sampler, self.resume = ckpt_dir, parts, sampler, resume
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if not self.resume:
+            self.set_aside()
+            return
+        for path in checkpoints_in(self.ckpt_dir):
+            try:
+                content = load_file(path, engine.state.device)
+                missing = [key for key in (*self.parts, "iteration") if key not in content]
+                if missing:
+                    raise BundleError(f"{path!r} lacks {missing}")
+            except BundleError as e:
+                logger.warning(f"passed over: {e}")
+                continue
+            self.load(content, path, engine)
+            return
+        logger.warning(f"resume: no checkpoint in {self.ckpt_dir!r} loads; training starts from the beginning")
+
+    def load(self, content: dict, path: str, engine: Engine) -> None:
+        for key in ("network", "ema"):
+            check_fits(self.parts[key], content[key], path)
+        for key, part in self.parts.items():
+            part.load_state_dict(content[key])
+        if getattr(engine, "scaler", None) is not None and content.get("scaler"):
+            engine.scaler.load_state_dict(content["scaler"])
+        engine.state.iteration = self.sampler.iteration = content["iteration"]
+        engine.state.epoch = content["iteration"] // engine.state.epoch_length
+        logger.info(f"resumed after iteration {content['iteration']} from {path}")
+
+    def set_aside(self) -> None:
+        earlier = checkpoints_in(self.ckpt_dir)
+        if not earlier:
+            return
+        number = 1
+        while os.path.exists(folder := os.path.join(self.ckpt_dir, f"previous_{number}")):
+            number += 1
+        os.makedirs(folder)
+        for path in earlier:
+            shutil.move(path, folder)
+        for name in ("model.pt", "model.json"):
+            if os.path.exists(path := os.path.join(self.ckpt_dir, name)):
+                shutil.copy2(path, folder)
+        logger.warning(f"{len(earlier)} checkpoints of an earlier run were moved to {folder} (--resume true goes on)")
+
+
+class CheckpointHandler:
+    """Trainer handler, the last of all: save everything every `interval` iterations and at the end.
+
+    Files in `ckpt_dir`: checkpoint_00001000.pt (network, EMA, optimizer, gradient scaler, iteration), the newest
+    `keep` of them; model.pt, the EMA weights as a plain state dict; model.json, which describes them. Ignite's
+    `Checkpoint` does not flush to the disk, so it is not used.
+
+    Args:
+        ckpt_dir: where to save.
+        parts: {"network", "ema", "optimizer"}: what to save, each with a `state_dict`.
+        interval: in iterations.
+        keep: number of checkpoints to keep.
+        description: for model.json: knobs that inference needs to know.
+    """
+
+    def __init__(self, ckpt_dir: str, parts: dict[str, Any], interval: int, keep: int, description: dict) -> None:
+        self.ckpt_dir, self.parts, self.interval, self.keep = ckpt_dir, parts, interval, keep
+        self.description = description
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.COMPLETED, self.at_end)
+
+    def at_end(self, engine: Engine) -> None:
+        if engine.state.iteration % self.interval:
+            self(engine)
+
+    def __call__(self, engine: Engine) -> None:
+        iteration = engine.state.iteration
+        os.makedirs(self.ckpt_dir, exist_ok=True)
+        content = {key: part.state_dict() for key, part in self.parts.items()}
+        scaler = getattr(engine, "scaler", None)
+        content |= {"iteration": iteration, "scaler": scaler.state_dict() if scaler is not None else None}
+        write_atomically(
+            os.path.join(self.ckpt_dir, f"checkpoint_{iteration:08d}.pt"), lambda path: torch.save(content, path)
+        )
+        description = json.dumps({"iteration": iteration, **self.description}, indent=4) + "\n"
+        write_atomically(os.path.join(self.ckpt_dir, "model.pt"), lambda path: torch.save(content["ema"], path))
+        write_atomically(os.path.join(self.ckpt_dir, "model.json"), lambda path: Path(path).write_text(description))
+        for path in checkpoints_in(self.ckpt_dir)[self.keep :]:
+            os.remove(path)

@@ -1,0 +1,117 @@
+"""Checks of the knobs before any long work begins; every function raises BundleError and returns nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from monai.networks.schedulers import NoiseSchedules
+
+from scripts.diffusion import check_prediction_type
+from scripts.errors import BundleError
+
+
+def check_positive(**knobs: float) -> None:
+    """Every knob is a number above zero."""
+    for key, value in knobs.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise BundleError(f"{key}: {value!r} was given; it must be a number above 0")
+
+
+def check_network(
+    spatial_shape: Sequence[int],
+    channels: Sequence[int],
+    attention_levels: Sequence[bool],
+    num_head_channels: Sequence[int] | int,
+    norm_num_groups: int,
+) -> None:
+    """The sizes of a `DiffusionModelUNet` fit each other and the volume."""
+    if isinstance(num_head_channels, int):
+        num_head_channels = [num_head_channels] * len(channels)
+    for key, value in (("spatial_shape", spatial_shape), ("channels", channels)):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(i, int) and i > 0 for i in value):
+            raise BundleError(f"{key}: {value!r} was given; it must be a list of whole numbers above 0")
+    for key, value in (("attention_levels", attention_levels), ("num_head_channels", num_head_channels)):
+        if len(value) != len(channels):
+            raise BundleError(f"{key}: {list(value)} has {len(value)} entries, but channels has {len(channels)} levels")
+    factor = 2 ** (len(channels) - 1)
+    for side in spatial_shape:
+        if side % factor:
+            near = f"{side // factor * factor} or {(side // factor + 1) * factor}" if side > factor else factor
+            raise BundleError(
+                f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a network "
+                f"of {len(channels)} levels (key channels) needs; {near} would be right"
+            )
+    for width in channels:
+        if width % norm_num_groups:
+            raise BundleError(
+                f"channels: {list(channels)} was given, but {width} is not divisible by norm_num_groups = "
+                f"{norm_num_groups}; multiples of {norm_num_groups} would be right"
+            )
+    for level, (width, heads) in enumerate(zip(channels, num_head_channels)):
+        if (attention_levels[level] or level == len(channels) - 1) and (heads < 1 or width % heads):
+            where = "and in the middle block" if level == len(channels) - 1 else "where attention_levels is true"
+            raise BundleError(
+                f"num_head_channels: {list(num_head_channels)} was given, but channels[{level}] = {width} cannot be "
+                f"shared among heads of {heads} channels ({where}); a divisor such as {width} (one head) would be right"
+            )
+
+
+def check_diffusion(num_train_timesteps: int, schedule: str, prediction_type: str) -> None:
+    """The words and numbers that define the diffusion process are known."""
+    if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
+        raise BundleError(
+            f"num_train_timesteps: {num_train_timesteps!r} was given; it must be a whole number, 2 or more"
+        )
+    known = tuple(NoiseSchedules.names)
+    if schedule not in known:
+        raise BundleError(f"schedule: {schedule!r} is unknown; it must be one of {known}")
+    check_prediction_type(prediction_type)
+
+
+def check_writable(**folders: str) -> None:
+    """Every folder (key = path) exists or can be made, and a file can be written in it."""
+    for key, folder in folders.items():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise BundleError(
+                f"{key}: nothing can be written in {folder!r} ({e.strerror}); give a folder that you may write in"
+            ) from e
+
+
+def check_sampling(
+    num_samples: int, batch_size: int, voxel_size: Sequence[float], spatial_shape: Sequence[int]
+) -> None:
+    """The knobs of `inference.json` that shape its output."""
+    for key, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BundleError(f"{key}: {value!r} was given; it must be a whole number, 1 or more")
+    right = isinstance(voxel_size, (list, tuple)) and len(voxel_size) == len(spatial_shape)
+    if not right or not all(isinstance(v, (int, float)) and 0 < v < float("inf") for v in voxel_size):
+        raise BundleError(
+            f"voxel_size: {voxel_size!r} was given; it must be {len(spatial_shape)} lengths in mm, each above 0"
+        )
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast uses, or None for plain float32.
+
+    Args:
+        amp: "auto" is bfloat16 on a GPU that has it in hardware, float16 on an older GPU, float32 on a CPU; else one
+            of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
+        device: where the network runs.
+    """
+    choices = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if amp not in choices or (amp == "float16" and device.type != "cuda"):
+        words = ("auto", "float32", "bfloat16") + (("float16",) if device.type == "cuda" else ())
+        raise BundleError(f"amp: {amp!r} cannot be used on {device}; it must be one of {words}")
+    return choices[amp]

@@ -1,0 +1,180 @@
+"""From a folder of NIfTI files to checked lists of training and held-out volumes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.openers import ImageOpener
+from tqdm import tqdm
+
+from scripts.errors import BundleError
+
+logger = logging.getLogger(__name__)
+SUFFIXES = (".nii", ".nii.gz")
+SMALLEST_SIDE = 8  # voxels; below it there is nothing to learn from and most likely the file is a slice or a localiser
+
+
+def stem(path: str) -> str:
+    """File name without folder and without .nii or .nii.gz."""
+    return re.sub(r"\.nii(\.gz)?$", "", os.path.basename(path))
+
+
+def find_images(dataset_dir: str, mask_suffix: str | None = None) -> list[dict[str, str]]:
+    """All NIfTI volumes below a folder, sorted by path; hidden files and folders (.git, ._x.nii) are passed over.
+
+    Args:
+        dataset_dir: searched with its sub-folders; a missing folder gives an empty list (see `require`).
+        mask_suffix: for example "_mask": `sub-01_mask.nii.gz` is then the brain mask of `sub-01.nii.gz`.
+
+    Returns:
+        [{"image": path}, ...], with "mask": path where `mask_suffix` is given.
+
+    Raises:
+        BundleError: names every image that has no mask although `mask_suffix` is given.
+    """
+    root = Path(dataset_dir)
+    named = (p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and not p.is_dir())
+    files = sorted(str(p) for p in named if not any(part[0] == "." for part in p.relative_to(root).parts))
+    if not mask_suffix:
+        return [{"image": f} for f in files]
+    masks = {(os.path.dirname(f), stem(f)): f for f in files if stem(f).endswith(mask_suffix)}
+    images = [f for f in files if not stem(f).endswith(mask_suffix)]
+    pairs = [{"image": f, "mask": masks.get((os.path.dirname(f), stem(f) + mask_suffix), "")} for f in images]
+    without = [p["image"] for p in pairs if not p["mask"]]
+    if without:
+        raise BundleError(
+            f"mask_suffix: {mask_suffix!r} was given, but {len(without)} of {len(images)} images have no mask beside "
+            f"them, for example {without[0]!r} (expected {stem(without[0]) + mask_suffix}.nii.gz)"
+        )
+    return pairs
+
+
+def problem_of(path: str) -> str:
+    """Why a file cannot be used for training, as half a sentence; an empty string where it can."""
+    try:
+        image = nib.load(path)
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) != 3:
+            return f"has shape {tuple(image.shape)}; a volume with three dimensions and one channel would be right"
+        if min(shape) < SMALLEST_SIDE:
+            return f"has shape {tuple(image.shape)}; at least {SMALLEST_SIDE} voxels a side would be right"
+        if image.get_data_dtype().fields is not None or image.get_data_dtype().kind not in "iuf":
+            return f"has voxels of type {image.get_data_dtype()}; integer or floating point numbers would be right"
+        spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
+        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+            return f"has an affine that cannot be inverted (voxel size {spacing.round(6).tolist()} mm)"
+        data = image.dataobj
+        layout = (data.shape, data.dtype, data.offset, data.slope, data.inter)
+        with ImageOpener(path) as file:
+            voxels = np.asanyarray(ArrayProxy(file, layout, mmap=False))
+            file.read()  # to the end, where gzip keeps its checksum
+    except Exception as e:  # nibabel, zlib and numpy each raise their own for a damaged file
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        return f"cannot be read as a NIfTI volume ({reason[:160]}); it may be truncated or of another kind"
+    lowest, highest = voxels.min(), voxels.max()
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        return (
+            f"holds {int((~np.isfinite(voxels)).sum())} voxels that are NaN or infinite; finite numbers would be right"
+        )
+    if lowest == highest:
+        return f"holds the same value, {lowest}, in every voxel; an image would be right"
+    return ""
+
+
+def problem_of_item(item: dict[str, str]) -> str:
+    """`problem_of` an image and of its mask, where it has one; the two must have the same shape and axes."""
+    problem = problem_of(item["image"])
+    if not problem and item.get("mask"):
+        problem = problem_of(item["mask"])
+        if not problem:
+            headers = [nib.load(item[key]) for key in ("image", "mask")]
+            right, found = (f"shape {h.shape[:3]} and axes {''.join(nib.aff2axcodes(h.affine))}" for h in headers)
+            if found != right:  # each is turned to RAS by its own affine
+                problem = f"has {found}; {right}, as its image has, would be right"
+        problem = f"has a mask, {item['mask']!r}, that {problem}" if problem else ""
+    return problem
+
+
+def readable(images: Sequence[dict[str, str]], skip_bad_files: bool = False) -> list[dict[str, str]]:
+    """Read every file once, in parallel, and give back those that can be used for training.
+
+    Raises:
+        BundleError: lists ALL files that cannot be used, unless `skip_bad_files`, which warns of each instead.
+    """
+    # decompression leaves the interpreter lock; each thread holds one volume, so not as many as a large machine has
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        checked = pool.map(problem_of_item, images)
+        problems = list(tqdm(checked, "checking files", len(images), disable=not images, leave=False))
+    bad = [f"{item['image']!r} {problem}" for item, problem in zip(images, problems, strict=True) if problem]
+    if bad and not skip_bad_files:
+        files = "file" if len(bad) == 1 else "files"
+        raise BundleError(
+            f"dataset_dir: {len(bad)} {files} of {len(images)} cannot be used for training "
+            "(mend or remove, or go on without by --skip_bad_files true):\n  " + "\n  ".join(bad)
+        )
+    for line in bad:
+        logger.warning(f"skipped: {line}")
+    return [item for item, problem in zip(images, problems, strict=True) if not problem]
+
+
+def subject_of(path: str) -> str:
+    """The subject a scan belongs to: the first BIDS entity `sub-...` in its file name, with what stands before it (two
+    datasets both have a sub-01), or else the innermost folder `sub-...`; else each file is a subject of its own."""
+    if found := re.match(r".*?sub-[A-Za-z0-9]+", os.path.basename(path)):
+        return found.group()
+    folders = [found.group() for part in Path(path).parent.parts if (found := re.match(r"sub-[A-Za-z0-9]+", part))]
+    return folders[-1] if folders else path
+
+
+def split_by_subject(
+    images: Sequence[dict[str, str]], val_fraction: float, seed: int
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training, held-out) lists; all scans of a subject are on one side. A seeded shuffle of the subjects decides.
+
+    Args:
+        val_fraction: share of the subjects to hold out, in (0, 1); at least one subject is held out.
+
+    Raises:
+        BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
+    """
+    if not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
+        raise BundleError(f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1, for example 0.1")
+    if not images:
+        return [], []
+    subjects = sorted({subject_of(item["image"]) for item in images})
+    held_out = max(1, round(val_fraction * len(subjects)))
+    if held_out >= len(subjects):
+        raise BundleError(
+            f"dataset_dir: {len(images)} usable images of {len(subjects)} subjects, too few to train on some and hold "
+            f"out {held_out} (val_fraction = {val_fraction}); at least {held_out + 1} subjects would be right"
+        )
+    order = np.random.default_rng(seed).permutation(len(subjects))
+    validation = {subjects[i] for i in order[:held_out]}
+    sides: tuple[list, list] = ([], [])
+    for item in images:
+        sides[subject_of(item["image"]) in validation].append(item)
+    return sides
+
+
+def require(dataset_dir: str, training: Sequence, validation: Sequence) -> None:
+    """Raises BundleError where there is nothing to train on or nothing held out."""
+    if training and validation:
+        return
+    if not os.path.isdir(dataset_dir):
+        found = "there is no such folder"
+    else:
+        found = f"it holds {len(training)} usable images for training and {len(validation)} held out"
+    raise BundleError(
+        f"dataset_dir: {str(dataset_dir)!r}: {found}; a folder with at least two brain-extracted NIfTI volumes "
+        "(.nii or .nii.gz) would be right, or no folder at all and configs/presets/demo.json"
+    )

@@ -1,0 +1,125 @@
+"""Volumes as pictures: tri-planar strips, mosaics, and the handlers that write them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from matplotlib import image as png
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+def triplanar(volume: np.ndarray) -> np.ndarray:
+    """The middle sagittal, coronal and axial slice of a RAS volume, side by side: (rows, columns).
+
+    Superior (sagittal, coronal) or anterior (axial) is up, and left is left. A 2D image is turned the same way. Slices
+    of different height are padded with the volume's minimum.
+    """
+    if volume.ndim == 2:
+        return np.rot90(volume)
+    x, y, z = (side // 2 for side in volume.shape)
+    slices = [np.rot90(s) for s in (volume[x, :, :], volume[:, y, :], volume[:, :, z])]
+    rows = max(s.shape[0] for s in slices)
+    padded = [
+        np.pad(s, (((rows - s.shape[0]) // 2, -(-(rows - s.shape[0]) // 2)), (0, 0)), constant_values=volume.min())
+        for s in slices
+    ]
+    return np.concatenate(padded, 1)
+
+
+def mosaic(strips: list[np.ndarray], gap: int = 2, smallest: int = 96) -> np.ndarray:
+    """Strips of the same shape on a near-square grid, enlarged (whole factors) until a slice has `smallest` rows."""
+    rows, columns = strips[0].shape
+    across = max(1, round(np.sqrt(len(strips) * rows / columns)))
+    blank = np.full((rows + gap, columns + gap), strips[0].min())
+    cells = []
+    for i in range(-(-len(strips) // across) * across):
+        cell = blank.copy()
+        if i < len(strips):
+            cell[:rows, :columns] = strips[i]
+        cells.append(cell)
+    grid = np.concatenate([np.concatenate(cells[i : i + across], 1) for i in range(0, len(cells), across)])
+    factor = max(1, -(-smallest // rows))
+    return grid.repeat(factor, 0).repeat(factor, 1)
+
+
+def save_png(picture: np.ndarray, path: str, low: float, high: float) -> None:
+    """Write a grey picture (rows, columns); `low` is black and `high` white. The file appears whole or not at all."""
+    temporary = f"{path}.partial"
+    png.imsave(temporary, picture, cmap="gray", vmin=low, vmax=high, format="png")
+    os.replace(temporary, path)
+
+
+class PreviewHandler:
+    """Trainer handler: every `interval` iterations and at the end, sample volumes and write them as a PNG.
+
+    Args:
+        sampler: module, noise (B, C, *spatial) -> volumes in [-1, 1]; its network should be the EMA one.
+        spatial_shape: of the volumes.
+        interval: in iterations.
+        folder: receives preview_00002500.png and so on.
+        num_samples: volumes a preview; sampled one by one, always from the same noise.
+        seed: of that noise.
+        summary_writer: TensorBoard writer that also gets the picture.
+    """
+
+    def __init__(
+        self,
+        sampler: Callable[[torch.Tensor], torch.Tensor],
+        spatial_shape: list[int],
+        interval: int,
+        folder: str,
+        num_samples: int = 4,
+        seed: int = 0,
+        summary_writer: SummaryWriter | None = None,
+    ) -> None:
+        self.sampler, self.interval, self.folder, self.summary_writer = sampler, interval, folder, summary_writer
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = torch.randn(num_samples, 1, 1, *spatial_shape, generator=generator)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.COMPLETED, self.at_end)
+
+    def at_end(self, engine: Engine) -> None:
+        if engine.state.iteration % self.interval:
+            self(engine)
+
+    def __call__(self, engine: Engine) -> None:
+        volumes = [self.sampler(noise.to(engine.state.device))[0, 0].cpu().numpy() for noise in self.noise]
+        picture = mosaic([triplanar(volume) for volume in volumes])
+        os.makedirs(self.folder, exist_ok=True)
+        save_png(picture, os.path.join(self.folder, f"preview_{engine.state.iteration:08d}.png"), -1, 1)
+        if self.summary_writer is not None:
+            self.summary_writer.add_image(
+                "preview", np.clip((picture + 1) / 2, 0, 1), engine.state.iteration, dataformats="HW"
+            )
+
+
+class MosaicHandler:
+    """Evaluator handler: collect the middle slices of every volume of a run and write one mosaic at its end.
+
+    Expects `engine.state.output` as a list of {"pred": (1, *spatial) in [0, 255]}.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.strips: list[np.ndarray] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.strips.clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def __call__(self, engine: Engine) -> None:
+        self.strips += [triplanar(torch.as_tensor(item["pred"])[0].cpu().numpy()) for item in engine.state.output]
+
+    def write(self, engine: Engine) -> None:
+        save_png(mosaic(self.strips), self.path, 0, 255)
+        logger.info(f"{len(self.strips)} volumes as one picture: {self.path}")

@@ -1,0 +1,166 @@
+"""The record of a training run: progress bar, loss.csv, loss curve with its table, and the guard against NaN."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from matplotlib.figure import Figure
+from monai.engines import IterationEvents
+from monai.utils import CommonKeys
+from tqdm import tqdm
+
+from scripts.errors import BundleError
+
+STATISTICS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
+
+
+class CsvRecord:
+    """A CSV file that grows row by row and survives a kill: a resumed run drops the rows that it will write again.
+
+    Args:
+        path: of the file; its first column is "iteration".
+        columns: names of the columns after the first.
+    """
+
+    def __init__(self, path: str, columns: Sequence[str]) -> None:
+        self.path = path
+        self.header = ["iteration", *columns]
+
+    def start(self, iteration: int) -> None:
+        """Keep the rows up to and including `iteration`; 0 begins the file anew."""
+        kept = [row for row in self.rows() if int(row["iteration"]) <= iteration] if iteration else []
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        temporary = f"{self.path}.partial"
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.header)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, self.path)
+
+    def add(self, iteration: int, *values: float | str) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow([iteration, *values])
+
+    def rows(self) -> list[dict[str, str]]:
+        """All complete rows; a last row that a kill has torn is left out."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, newline="") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        return [row for row in csv.DictReader(lines) if None not in row.values() and row["iteration"].isdigit()]
+
+
+def loss_statistics(losses: np.ndarray) -> dict[str, float]:
+    """Count, mean, sample standard deviation, minimum, quartiles and maximum (Table 1 of MRIDiff)."""
+    quartiles = np.percentile(losses, [25, 50, 75])
+    std = losses.std(ddof=1) if len(losses) > 1 else 0.0
+    values = (len(losses), losses.mean(), std, losses.min(), *quartiles, losses.max())
+    return dict(zip(STATISTICS, map(float, values)))
+
+
+def plot_losses(training: CsvRecord, validation: CsvRecord, path: str) -> None:
+    """Draw training and held-out losses against the iteration, with the table of `loss_statistics` beside them."""
+    rows = training.rows()
+    if not rows:
+        return
+    iterations = np.array([int(row["iteration"]) for row in rows])
+    losses = np.array([float(row["loss"]) for row in rows])
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes, side = figure.subplots(1, 2, width_ratios=(4, 1))
+    axes.plot(iterations, losses, color="0.8", linewidth=0.6, label="training, each batch")
+    window = max(1, len(losses) // 50)
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(iterations[window - 1 :], smooth, color="0.3", label=f"training, mean of {window}")
+    for weights, colour in (("raw", "tab:orange"), ("ema", "tab:blue")):
+        held_out = [row for row in validation.rows() if row["weights"] == weights]
+        points = [(int(row["iteration"]), float(row["loss"])) for row in held_out]
+        if points:
+            axes.plot(*zip(*points), marker=".", color=colour, label=f"held out, {weights} weights")
+    axes.set(xlabel="iteration", ylabel="loss", yscale="log")
+    axes.legend()
+    side.axis("off")
+    table = side.table([[f"{v:.5g}"] for v in loss_statistics(losses).values()], rowLabels=STATISTICS, loc="center")
+    table.scale(1, 1.4)
+    side.set_title("training loss")
+    temporary = f"{path}.partial"
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)
+
+
+class TrainingRecord:
+    """Trainer handler: a bar with loss, speed and time left; a row of loss.csv each iteration; the loss curve.
+
+    It also ends the run after `max_iterations`. Expects `engine.state.output["loss"]`.
+
+    Args:
+        losses: record with the columns "epoch" and "loss", written here.
+        validation: record of `scripts.validation.ValidationHandler`, for the curve.
+        curve: path of the picture.
+        max_iterations: of the whole run, those before a resume included.
+        plot_interval: the curve is drawn every so many iterations, and at the end.
+    """
+
+    def __init__(
+        self, losses: CsvRecord, validation: CsvRecord, curve: str, max_iterations: int, plot_interval: int
+    ) -> None:
+        self.losses, self.validation, self.curve = losses, validation, curve
+        self.max_iterations, self.plot_interval = max_iterations, plot_interval
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.plot_interval), self.plot)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        self.losses.start(engine.state.iteration)
+        self.validation.start(engine.state.iteration)
+        total = min(self.max_iterations, engine.state.max_epochs * engine.state.epoch_length)
+        self.bar = tqdm(desc="training", initial=engine.state.iteration, total=total)
+        self.stop_if_done(engine)
+
+    def stop_if_done(self, engine: Engine) -> None:
+        if engine.state.iteration >= self.max_iterations:
+            engine.terminate()
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output[CommonKeys.LOSS].item()
+        self.losses.add(engine.state.iteration, engine.state.epoch, repr(loss))
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.update()
+        self.stop_if_done(engine)
+
+    def plot(self, engine: Engine) -> None:
+        plot_losses(self.losses, self.validation, self.curve)
+
+    def finish(self, engine: Engine) -> None:
+        self.bar.close()
+        self.plot(engine)
+
+
+class StopOnNonFiniteLoss:
+    """Trainer handler: stop before a NaN or infinite loss reaches the weights, and say where it happened.
+
+    Raises:
+        BundleError: names the iteration, the draws of the batch and what to try.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output[CommonKeys.LOSS]
+        if not torch.isfinite(loss):
+            raise BundleError(
+                f"the loss is {loss.item()} at iteration {engine.state.iteration} (epoch {engine.state.epoch}, draws "
+                f"{engine.state.batch['draw'].tolist()}); the weights and checkpoints from before it are kept. A lower "
+                "learning_rate, or --amp float32, would be the first things to try; --resume true goes on from the "
+                "newest checkpoint"
+            )

@@ -1,0 +1,90 @@
+"""Loss on held-out volumes with fixed noise and timesteps, as a whole and by quarter of the timesteps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import monai.handlers
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+from monai.utils import CommonKeys
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+QUARTERS = 4
+
+
+class TimestepLoss:
+    """Evaluator handler: metrics "loss" and "loss_quarter_1" (least noise) to "loss_quarter_4" (most noise).
+
+    A sample belongs to quarter (draw mod 4) + 1, which is how `SeededPrepareBatch(num_strata=4)` draws timesteps.
+
+    Args:
+        loss_function: (prediction, target) -> mean loss, the one of the training.
+    """
+
+    def __init__(self, loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.loss_function = loss_function
+        self.losses: list[list[torch.Tensor]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        self.losses = [[] for _ in range(QUARTERS)]
+
+    def __call__(self, engine: Engine) -> None:
+        output = engine.state.output
+        for draw, prediction, wanted in zip(
+            engine.state.batch["draw"], output[CommonKeys.PRED], output[CommonKeys.LABEL]
+        ):
+            self.losses[int(draw) % QUARTERS].append(self.loss_function(prediction[None], wanted[None]))
+
+    def finish(self, engine: Engine) -> None:
+        metrics = engine.state.metrics
+        for i, losses in enumerate(self.losses, 1):
+            metrics[f"loss_quarter_{i}"] = float(torch.stack(losses).mean())
+        metrics["loss"] = float(torch.stack([loss for losses in self.losses for loss in losses]).mean())
+
+
+class ValidationHandler(monai.handlers.ValidationHandler):
+    """MONAI's `ValidationHandler` by iterations, which also validates at the end and records what it measured.
+
+    Args:
+        interval: in iterations.
+        validator: evaluator with a `TimestepLoss` handler.
+        weights: "raw" or "ema": whose loss it is.
+        record: a `scripts.records.CsvRecord` with the columns weights, loss, loss_quarter_1 ... loss_quarter_4.
+        summary_writer: TensorBoard writer that also gets the losses.
+    """
+
+    def __init__(
+        self, interval: int, validator: Evaluator, weights: str, record: Any, summary_writer: SummaryWriter
+    ) -> None:
+        super().__init__(interval, validator, epoch_level=False)
+        self.weights, self.record, self.summary_writer = weights, record, summary_writer
+
+    def attach(self, engine: Engine) -> None:
+        super().attach(engine)
+        engine.add_event_handler(Events.COMPLETED, self.at_end)
+
+    def at_end(self, engine: Engine) -> None:
+        if engine.state.iteration % self.interval:
+            self(engine)
+
+    def __call__(self, engine: Engine) -> None:
+        super().__call__(engine)
+        metrics = self.validator.state.metrics
+        names = ["loss", *(f"loss_quarter_{i + 1}" for i in range(QUARTERS))]
+        self.record.add(engine.state.iteration, self.weights, *(f"{metrics[name]:.6f}" for name in names))
+        for name in names:
+            self.summary_writer.add_scalar(f"validation_{self.weights}/{name}", metrics[name], engine.state.iteration)
+        logger.info(
+            f"iteration {engine.state.iteration}: held-out loss {metrics['loss']:.5f} with {self.weights} weights"
+        )

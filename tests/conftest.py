@@ -1,0 +1,99 @@
+"""Tiny inputs that the tests make for themselves, and a way to run the real commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDPMScheduler
+
+from scripts.phantoms import phantom_cohort
+
+ROOT = Path(__file__).parents[1]
+TINY_NETWORK = {
+    "spatial_shape": "[16,16,16]",
+    "channels": "[8,8]",
+    "attention_levels": "[False,True]",
+    "num_head_channels": "[0,8]",
+    "norm_num_groups": "8",
+    "num_train_timesteps": "10",
+}
+TINY_TRAINING = TINY_NETWORK | {
+    "max_iterations": "6",
+    "batch_size": "2",
+    "val_interval": "3",
+    "preview_interval": "6",
+    "preview_samples": "1",
+    "checkpoint_interval": "2",
+    "num_workers": "0",
+    "learning_rate": "0.001",
+}
+
+
+def bundle_command(*verb: str, **overrides: object) -> list[str]:
+    """`python -m monai.bundle VERB --key value ...` as a list."""
+    options = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-W", "ignore", "-m", "monai.bundle", *verb, *options]
+
+
+def run_bundle(*verb: str, cwd: Path = ROOT, **overrides: object) -> subprocess.CompletedProcess:
+    """Run a command of the bundle to its end; stdout and stderr come as text."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(bundle_command(*verb, **overrides), cwd=cwd, env=env, text=True, capture_output=True)
+
+
+def train(dataset_dir: Path | str, output: Path, **overrides: object) -> subprocess.CompletedProcess:
+    """A tiny training run with everything it writes below `output`."""
+    places = {"dataset_dir": dataset_dir, "output_dir": output, "ckpt_dir": output / "models"}
+    knobs = TINY_TRAINING | places | overrides
+    return run_bundle("run", "training", config_file="configs/train.json", **knobs)
+
+
+def sample(ckpt_path: Path, output: Path, **overrides: object) -> subprocess.CompletedProcess:
+    """A tiny sampling run from weights of `train`."""
+    knobs = TINY_NETWORK | {"ckpt_path": ckpt_path, "output_dir": output, "num_samples": 2} | overrides
+    return run_bundle("run", config_file="configs/inference.json", **knobs)
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Path:
+    """Six phantoms of 20^3 voxels of 8 mm."""
+    return Path(phantom_cohort(str(tmp_path_factory.mktemp("cohort")), 6, (20, 20, 20), 8.0, seed=1))
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, tmp_path_factory) -> Path:
+    """Output folder of one tiny training run."""
+    output = tmp_path_factory.mktemp("trained")
+    done = train(cohort, output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=250, schedule="cosine")
+
+
+@pytest.fixture
+def unet() -> DiffusionModelUNet:
+    """A small network whose weights are random, its last layer too (MONAI's begins as zero)."""
+    torch.manual_seed(0)
+    network = DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        channels=[8, 8],
+        attention_levels=[False, True],
+        num_head_channels=[0, 8],
+        num_res_blocks=1,
+        norm_num_groups=8,
+    )
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.1)
+    return network.eval()

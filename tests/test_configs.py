@@ -1,0 +1,114 @@
+"""The configs agree with each other, with the requirements and with what MONAI expects of a bundle."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+CONFIGS = ROOT / "configs"
+PRESETS = sorted(p.name for p in (CONFIGS / "presets").glob("*.json"))
+METADATA = json.loads((CONFIGS / "metadata.json").read_text())
+
+
+def resolved(content, config):
+    """A part of a config with its "@key" references filled in, for comparison."""
+    if isinstance(content, dict):
+        return {key: resolved(value, config) for key, value in content.items()}
+    if content == "$len(@spatial_shape)":
+        return len(config["spatial_shape"])
+    if isinstance(content, str) and re.fullmatch(r"@\w+", content):
+        return resolved(config[content[1:]], config)
+    return content
+
+
+def test_one_network_in_three_files():
+    train, inference = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "inference"))
+    network = resolved(train["network_def"], train)
+    assert resolved(inference["network_def"]["unet"], inference) == network == METADATA["network_def"]
+    assert resolved(inference["network_def"]["scheduler"], inference) == resolved(train["scheduler"], train)
+    shapes = [METADATA["network_data_format"][side][name]["spatial_shape"] for side, name in (("inputs", "image"), ("outputs", "pred"))]
+    assert shapes == [train["spatial_shape"]] * 2 == [inference["spatial_shape"]] * 2
+
+
+def test_the_papers_settings_are_the_defaults():
+    train = json.loads((CONFIGS / "train.json").read_text())
+    paper = {
+        "num_train_timesteps": 250,
+        "schedule": "cosine",
+        "prediction_type": "epsilon",
+        "loss": {"_target_": "torch.nn.L1Loss"},
+        "learning_rate": 1e-4,
+        "batch_size": 4,
+        "max_iterations": 50000,
+    }
+    assert {key: train[key] for key in paper} == paper
+    assert train["optimizer"]["_target_"] == "torch.optim.Adam" and train["channels"][0] == 64
+
+
+@pytest.mark.parametrize("preset, million", [(None, 12.8), ("wide_64", 39.0), ("size_128", 40.2)])
+def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, million):
+    parser = ConfigParser()
+    files = [str(CONFIGS / "train.json")] + ([str(CONFIGS / f"presets/{preset}.json")] if preset else [])
+    parser.read_config(files)
+    network = parser.get_parsed_content("network_def")
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == million
+    side, levels = parser["spatial_shape"][0], parser["attention_levels"]
+    assert [side // 2**i for i, on in enumerate(levels) if on] == [16]
+    level = levels.index(True)
+    assert parser["num_head_channels"][level] == parser["channels"][level]  # one head
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_names_only_knobs_of_the_configs(preset):
+    known = {key for name in ("train", "inference") for key in json.loads((CONFIGS / f"{name}.json").read_text())}
+    assert set(json.loads((CONFIGS / "presets" / preset).read_text())) <= known
+
+
+@pytest.mark.parametrize("kind", ["train", "inference"])
+def test_the_workflow_has_every_property_that_monai_asks_for(kind, cohort, tmp_path):
+    workflow = ConfigWorkflow(
+        config_file=str(CONFIGS / f"{kind}.json"),
+        workflow_type=kind,
+        logging_file=False,
+        init_id="none",
+        bundle_root=str(ROOT),
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        num_workers=0,
+        spatial_shape=[16, 16, 16],
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def test_requirements_are_pinned_and_the_metadata_says_the_same():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = dict(line.split("==") for line in lines)
+    required = METADATA["required_packages_version"] | {
+        "monai": METADATA["monai_version"],
+        "torch": METADATA["pytorch_version"],
+        "numpy": METADATA["numpy_version"],
+    }
+    assert pins == required
+
+
+def test_the_metadata_is_what_other_programs_read():
+    assert METADATA["version"] in METADATA["changelog"]
+    formats = METADATA["network_data_format"]
+    assert list(formats["inputs"]) == ["image"] and list(formats["outputs"]) == ["pred"]
+    for entry in (formats["inputs"]["image"], formats["outputs"]["pred"]):
+        assert all(isinstance(k, str) and isinstance(v, str) for k, v in entry["channel_def"].items())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda p: p.name)
+def test_json_is_indented_by_four(path):
+    text = path.read_text()
+    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
+
+
+def test_nothing_of_scripts_stands_where_a_bare_archive_must_run():
+    inference = json.loads((CONFIGS / "inference.json").read_text())
+    for key in ("preprocessing", "postprocessing", "inferer", "draw_noise", "affine", "voxel_size", "description"):
+        assert "scripts" not in json.dumps(inference[key])

@@ -1,0 +1,237 @@
+"""The real commands at tiny size: train, kill, resume, sample, the demonstration, the verbs, and bad inputs."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train
+
+
+def losses(output):
+    with open(output / "loss.csv", newline="") as file:
+        return [(int(row["iteration"]), row["loss"]) for row in csv.DictReader(file)]
+
+
+def last_line(done):
+    return done.stderr.strip().splitlines()[-1]
+
+
+def sentence(done):
+    """What a refused command says: everything from "error:" on. It must fail and must not show a traceback."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and "error: " in done.stderr, done.stderr
+    return done.stderr[done.stderr.index("error: ") :].strip()
+
+
+def test_training_writes_what_the_readme_lists(trained):
+    for name in ("loss.csv", "loss_curve.png", "validation.csv", "dataset.json", "previews/preview_00000006.png"):
+        assert (trained / name).stat().st_size > 0, name
+    assert list((trained / "tensorboard").iterdir())
+    models = sorted(p.name for p in (trained / "models").iterdir())
+    assert models == [*(f"checkpoint_0000000{i}.pt" for i in (2, 4, 6)), "model.json", "model.pt"]
+    assert [i for i, _ in losses(trained)] == [1, 2, 3, 4, 5, 6]
+    with open(trained / "validation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["iteration"], r["weights"]) for r in rows] == [("3", "raw"), ("3", "ema"), ("6", "raw"), ("6", "ema")]
+    for row in rows:
+        quarters = [float(row[f"loss_quarter_{i}"]) for i in (1, 2, 3, 4)]
+        assert float(row["loss"]) == pytest.approx(np.mean(quarters), abs=1e-5)
+
+
+def test_model_pt_is_the_ema_of_the_newest_checkpoint_as_a_plain_state_dict(trained):
+    model = torch.load(trained / "models/model.pt", weights_only=True)
+    newest = torch.load(trained / "models/checkpoint_00000006.pt", weights_only=True)
+    assert all(torch.equal(model[name], newest["ema"][name]) for name in newest["ema"])
+    assert any(not torch.equal(model[name], newest["network"][name]) for name in model)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_killed_run_resumes_to_exactly_the_losses_of_one_never_killed(cohort, trained, tmp_path, cache):
+    knobs = TINY_TRAINING | {
+        "dataset_dir": cohort,
+        "output_dir": tmp_path,
+        "ckpt_dir": tmp_path / "models",
+        "cache": cache,
+        "resume": "true",
+    }
+    command = bundle_command("run", "training", config_file="configs/train.json", **knobs)
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "models" / f"checkpoint_0000000{random.choice((2, 4))}.pt"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after iteration" in done.stdout
+    assert losses(tmp_path) == losses(trained)  # as text: every digit
+    ours, theirs = (torch.load(p / "models/model.pt", weights_only=True) for p in (tmp_path, trained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_a_seed_is_a_volume_whatever_the_batch_size(trained, tmp_path, solver):
+    for batch_size in (1, 4):
+        output = tmp_path / str(batch_size)
+        done = sample(
+            trained / "models/model.pt", output, solver=solver, batch_size=batch_size, num_samples=4, seed=7
+        )
+        assert done.returncode == 0, done.stderr
+        assert (output / "mosaic.png").exists()
+    one, four = (nib.load(tmp_path / b / "sample_seed7_volume003.nii.gz") for b in ("1", "4"))
+    difference = np.abs(one.get_fdata() - four.get_fdata()).max() / 127.5
+    assert difference < 1e-4
+    assert 0 <= one.get_fdata().min() and one.get_fdata().max() <= 255 and one.get_fdata().std() > 0
+    other = nib.load(tmp_path / "1" / "sample_seed7_volume002.nii.gz").get_fdata()
+    assert np.abs(one.get_fdata() - other).max() > 10
+
+
+def test_synthetic_volumes_have_the_voxel_size_of_the_training_cubes(trained, tmp_path):
+    assert sample(trained / "models/model.pt", tmp_path, num_samples=1, num_inference_steps=2).returncode == 0
+    image = nib.load(tmp_path / "sample_seed0_volume000.nii.gz")
+    median = json.loads((trained / "dataset.json").read_text())["voxel_size_mm"]["median"]
+    np.testing.assert_allclose(image.header.get_zooms(), median, rtol=1e-5)
+    centre = image.affine @ [*(np.array(image.shape) - 1) / 2, 1]
+    np.testing.assert_allclose(centre[:3], 0, atol=1e-3)
+
+
+def test_the_demonstration_makes_its_own_data_and_samples(tmp_path):
+    bundle = tmp_path / "bundle"
+    for part in ("configs", "scripts"):
+        shutil.copytree(ROOT / part, bundle / part, ignore=shutil.ignore_patterns("__pycache__"))
+    small = TINY_TRAINING | {"prediction_type": "sample", "preview_steps": "2"}
+    preset = "configs/presets/demo.json"
+    config = f"['configs/train.json','{preset}']"
+    done = run_bundle("run", "training", cwd=bundle, config_file=config, **small)
+    assert done.returncode == 0, done.stderr
+    demo = bundle / "output/demo"
+    assert len(list((demo / "phantoms").glob("*.nii.gz"))) == 48
+    small = TINY_NETWORK | {"num_inference_steps": 3}
+    done = run_bundle("run", cwd=bundle, config_file=f"['configs/inference.json','{preset}']", **small)
+    assert done.returncode == 0, done.stderr
+    assert len(list(demo.glob("sample_seed0_volume*.nii.gz"))) == 4 and (demo / "mosaic.png").exists()
+
+
+def test_the_demonstration_does_not_draw_phantoms_into_a_folder_that_the_user_names(tmp_path):
+    config = "['configs/train.json','configs/presets/demo.json']"
+    places = {"output_dir": tmp_path / "out", "ckpt_dir": tmp_path / "out"}
+    done = run_bundle("run", "training", config_file=config, dataset_dir=tmp_path / "mine", **places)
+    assert "dataset_dir" in sentence(done) and not (tmp_path / "mine").exists()
+
+
+def test_the_network_is_verified_and_exported_from_the_command_line(trained, tmp_path):
+    common = {
+        "meta_file": "configs/metadata.json",
+        "config_file": "configs/inference.json",
+        "num_inference_steps": 2,
+    } | TINY_NETWORK
+    done = run_bundle(
+        "verify_net_in_out", "network_def", device="cpu", **common,
+        **{"_meta_#network_data_format#inputs#image#spatial_shape": "[16,16,16]"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    archive = tmp_path / "model.ts"
+    ckpt = {"ckpt_file": trained / "models/model.pt", "filepath": archive}
+    done = run_bundle("ckpt_export", "network_def", **ckpt, **common)
+    assert done.returncode == 0, done.stderr
+    assert torch.jit.load(str(archive))(torch.randn(1, 1, 16, 16, 16)).shape == (1, 1, 16, 16, 16)
+
+
+def test_monai_loads_the_network_with_its_weights_from_any_folder(tmp_path, monkeypatch):
+    from monai.bundle import load
+
+    bundle = tmp_path / "brain_mri_ddpm_3d"
+    for part in ("configs", "scripts"):
+        shutil.copytree(ROOT / part, bundle / part, ignore=shutil.ignore_patterns("__pycache__"))
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/train.json"))
+    weights = {k: torch.full_like(v, 0.5) for k, v in parser.get_parsed_content("network_def").state_dict().items()}
+    (bundle / "models").mkdir()
+    torch.save(weights, bundle / "models/model.pt")
+    monkeypatch.chdir(tmp_path)
+    network = load("brain_mri_ddpm_3d", bundle_dir=str(tmp_path), device="cpu")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"dataset_dir": "{tmp}/nowhere"}, ["dataset_dir", "nowhere", "no such folder"]),
+        ({"spatial_shape": "[16,15,16]"}, ["spatial_shape", "15 is not divisible by 2"]),
+        ({"channels": "[8,12]"}, ["channels", "12 is not divisible by norm_num_groups = 8"]),
+        ({"num_head_channels": "[0,3]"}, ["num_head_channels", "channels[1] = 8"]),
+        ({"schedule": "cosinus"}, ["schedule", "'cosinus' is unknown", "cosine"]),
+        ({"prediction_type": "noise"}, ["prediction_type", "'noise' is unknown", "epsilon"]),
+        ({"val_fraction": "0.95"}, ["dataset_dir", "too few", "val_fraction"]),
+        ({"output_dir": "{tmp}/file/out"}, ["output_dir", "nothing can be written"]),
+        ({"cache": "ram"}, ["cache", "'ram' is unknown", "memory"]),
+        ({"amp": "half"}, ["amp", "'half'", "bfloat16"]),
+        ({"max_iterations": "0"}, ["max_iterations", "0 was given", "above 0"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_knob_of_training_is_refused_in_one_sentence(cohort, tmp_path, knobs, words):
+    (tmp_path / "file").write_text("")
+    knobs = {key: value.format(tmp=tmp_path) for key, value in knobs.items()}
+    said = sentence(train(**{"dataset_dir": cohort, "output": tmp_path / "out"} | knobs))
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out" / "loss.csv").exists()
+
+
+def test_all_bad_files_are_listed_at_once_or_skipped(cohort, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(cohort, data)
+    voxels = np.random.default_rng(0).uniform(0, 100, (16, 16, 16)).astype(np.float32)
+    with_nan = voxels.copy()
+    with_nan[3, 3, 3] = np.nan
+    bad = {
+        "four.nii.gz": np.stack([voxels] * 3, -1),
+        "flat.nii": voxels[:, :, 0],
+        "constant.nii": voxels * 0,
+        "nan.nii": with_nan,
+    }
+    for name, content in bad.items():
+        nib.save(nib.Nifti1Image(content, np.eye(4)), data / name)
+    whole = next(data.glob("phantom_*.nii.gz")).read_bytes()
+    (data / "torn.nii.gz").write_bytes(whole[: len(whole) // 2])
+    said = sentence(train(data, tmp_path / "out"))
+    assert "5 files of 11" in said and "skip_bad_files" in said
+    assert all(name in said for name in [*bad, "torn.nii.gz"])
+    done = train(data, tmp_path / "out", skip_bad_files="true", max_iterations=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped: ") == 5
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"ckpt_path": "{tmp}/none.pt"}, ["ckpt_path", "none.pt", "monai.bundle run training"]),
+        ({"ckpt_path": "{tmp}/torn.pt"}, ["torn.pt", "truncated"]),
+        ({"channels": "[16,16]", "num_head_channels": "[0,16]"}, ["model.pt", "tensors differ", "found (8, 1, 3, 3, 3)"]),
+        ({"solver": "euler"}, ["solver", "'euler' is unknown", "ddpm"]),
+        ({"num_inference_steps": "11"}, ["num_inference_steps", "11", "from 1 to num_train_timesteps = 10"]),
+        ({"num_inference_steps": "0"}, ["num_inference_steps", "0", "from 1 to"]),
+        ({"output_dir": "{tmp}/torn.pt/out"}, ["output_dir", "nothing can be written"]),
+        ({"schedule": "linear_beta"}, ["schedule", "'linear_beta' was given", "trained with 'cosine'"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_knob_of_sampling_is_refused_in_one_sentence(trained, tmp_path, knobs, words):
+    model = trained / "models/model.pt"
+    (tmp_path / "torn.pt").write_bytes(model.read_bytes()[:2000])
+    knobs = {key: value.format(tmp=tmp_path) for key, value in knobs.items()}
+    said = sentence(sample(**{"ckpt_path": model, "output": tmp_path / "out"} | knobs))
+    assert all(word in said for word in words), said
+    assert not list(tmp_path.rglob("*.nii.gz"))
