@@ -76,7 +76,7 @@ def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
     if differences:
         more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise BundleError(
-            f"{path!r} does not belong to the network of this config: {len(differences)} tensors differ (keys channels, "
+            f"{path!r} does not belong to the network of this config: {len(differences)} tensors differ (channels, "
             "attention_levels, num_res_blocks and so on must be those of the training):\n  "
             + "\n  ".join(differences[:5])
             + more
@@ -141,7 +141,7 @@ class RampedEMAHandler(EMAHandler):
 
 
 class ResumeHandler:
-    """Trainer handler, the first of all: at the start, go on from the newest checkpoint, or clear the way for a new run.
+    """Trainer handler, the first of all: at the start, go on from the newest checkpoint or clear the way for a new run.
 
     A run that starts afresh moves an earlier run's checkpoints to `ckpt_dir`/previous_1 (2, 3, ...) and copies its
     model.pt there, so that nothing is lost and a later resume cannot mistake one run for the other.

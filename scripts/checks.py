@@ -41,8 +41,8 @@ def check_network(
         if side % factor:
             near = f"{side // factor * factor} or {(side // factor + 1) * factor}" if side > factor else factor
             raise BundleError(
-                f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a network "
-                f"of {len(channels)} levels (key channels) needs; {near} would be right"
+                f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a "
+                f"network of {len(channels)} levels (key channels) needs; {near} would be right"
             )
     for width in channels:
         if width % norm_num_groups:

@@ -7,9 +7,9 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 
+import monai.data
 import numpy as np
 from monai.data import CacheDataset, PersistentDataset
-from monai.data import Dataset as MonaiDataset
 from monai.data.utils import pickle_hashing
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
@@ -63,13 +63,13 @@ class VolumeDataset(Dataset):
         num_workers: int = 1,
     ) -> None:
         if cache == "memory":
-            self.volumes: MonaiDataset = CacheDataset(
+            self.volumes: monai.data.Dataset = CacheDataset(
                 data, transform, num_workers=max(1, num_workers), copy_cache=False
             )
         elif cache == "disk":
             self.volumes = DiskCache(data, transform, cache_dir, stamped_hashing, hash_transform=pickle_hashing)
         elif cache == "none":
-            self.volumes = MonaiDataset(data, transform)
+            self.volumes = monai.data.Dataset(data, transform)
         else:
             raise BundleError(f"cache: {cache!r} is unknown; it must be one of {CACHES}")
         self.random_transform = random_transform
@@ -89,8 +89,13 @@ class VolumeDataset(Dataset):
         # no MetaTensor, which random transforms make: each operation of the network would carry its history
         return {"image": convert_to_tensor(item["image"], track_meta=False).contiguous(), "draw": draw}
 
-    def voxel_sizes(self, most: int = 100) -> np.ndarray:
-        """Physical size of the preprocessed voxels of up to `most` volumes, evenly chosen: (n, spatial dims), in mm."""
+    def voxel_sizes(self) -> np.ndarray:
+        """Physical size of the preprocessed voxels of up to 100 volumes (8 if nothing is cached), evenly chosen.
+
+        Returns:
+            (n, spatial dims), in mm.
+        """
+        most = 100 if isinstance(self.volumes, CacheDataset | PersistentDataset) else 8
         chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)) if len(self) else []
         return np.array([self.volumes[int(i)]["voxel_size"].numpy() for i in chosen])
 
@@ -140,8 +145,10 @@ def summarise(
     """Write what was trained on (counts, files, physical voxel sizes of the cubes) to a JSON file.
 
     Returns:
-        the median voxel size in mm, a list of spatial dims numbers.
+        the median voxel size in mm, a list of spatial dims numbers; without volumes 1 mm, and no file.
     """
+    if not len(training):
+        return [1.0] * len(spatial_shape)
     sizes = training.voxel_sizes()
     statistics = {name: getattr(np, name)(sizes, axis=0).round(4).tolist() for name in ("median", "mean", "min", "max")}
     summary = {
@@ -151,6 +158,7 @@ def summarise(
         "validation": [item["image"] for item in validation.volumes.data],
     }
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
+    with open(f"{path}.partial", "w") as file:
         json.dump(summary, file, indent=4)
+    os.replace(f"{path}.partial", path)
     return statistics["median"]

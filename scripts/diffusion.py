@@ -27,7 +27,7 @@ def check_prediction_type(prediction_type: str) -> None:
 
 
 def levels(alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise level (a, s) of `alphas_cumprod` in [0, 1], any shape; float64 keeps 1 - alphas_cumprod exact."""
+    """Signal and noise level (a, s) of `alphas_cumprod` in [0, 1], any shape; float64, so that 1 - it is exact."""
     alphas_cumprod = alphas_cumprod.double()
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 

@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class BundleError(ValueError):
-    """Something the user gave cannot be used: one sentence with the file or key, what was found, what would be right."""
+    """What the user gave cannot be used: one sentence with the file or key, what was found, what would be right."""
 
 
 def root_bundle_error(error: BaseException | None) -> BundleError | None:

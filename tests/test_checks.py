@@ -61,7 +61,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize("key, value", [("num_samples", 0), ("batch_size", 1.5), ("batch_size", True)])
 def test_counts_must_be_whole_and_positive(key, value):
     with pytest.raises(BundleError, match=f"{key}: {value!r} was given"):
-        checks.check_sampling(**{"num_samples": 1, "batch_size": 1, key: value}, voxel_size=[1, 1], spatial_shape=[8, 8])
+        checks.check_sampling(
+            **{"num_samples": 1, "batch_size": 1, key: value}, voxel_size=[1, 1], spatial_shape=[8, 8]
+        )
 
 
 @pytest.mark.parametrize("voxel_size", [[1, 1], 2.0, [1, 1, 0], [1, 1, float("nan")]])

@@ -28,7 +28,10 @@ def test_one_network_in_three_files():
     network = resolved(train["network_def"], train)
     assert resolved(inference["network_def"]["unet"], inference) == network == METADATA["network_def"]
     assert resolved(inference["network_def"]["scheduler"], inference) == resolved(train["scheduler"], train)
-    shapes = [METADATA["network_data_format"][side][name]["spatial_shape"] for side, name in (("inputs", "image"), ("outputs", "pred"))]
+    shapes = [
+        METADATA["network_data_format"][side][name]["spatial_shape"]
+        for side, name in (("inputs", "image"), ("outputs", "pred"))
+    ]
     assert shapes == [train["spatial_shape"]] * 2 == [inference["spatial_shape"]] * 2
 
 

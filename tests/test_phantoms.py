@@ -24,7 +24,8 @@ def about_x(degrees):
     return np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
 
 
-def ellipsoid(semi_axes, centre=(0.0, 0.0, 0.0), rotation=np.eye(3)):
+def ellipsoid(semi_axes, centre=(0.0, 0.0, 0.0), rotation=None):
+    rotation = np.eye(3) if rotation is None else rotation
     return Ellipsoid(1.0, np.array(semi_axes), np.array(centre), rotation)
 
 

@@ -83,9 +83,7 @@ def test_a_killed_run_resumes_to_exactly_the_losses_of_one_never_killed(cohort, 
 def test_a_seed_is_a_volume_whatever_the_batch_size(trained, tmp_path, solver):
     for batch_size in (1, 4):
         output = tmp_path / str(batch_size)
-        done = sample(
-            trained / "models/model.pt", output, solver=solver, batch_size=batch_size, num_samples=4, seed=7
-        )
+        done = sample(trained / "models/model.pt", output, solver=solver, batch_size=batch_size, num_samples=4, seed=7)
         assert done.returncode == 0, done.stderr
         assert (output / "mosaic.png").exists()
     one, four = (nib.load(tmp_path / b / "sample_seed7_volume003.nii.gz") for b in ("1", "4"))
@@ -219,7 +217,10 @@ def test_all_bad_files_are_listed_at_once_or_skipped(cohort, tmp_path):
     [
         ({"ckpt_path": "{tmp}/none.pt"}, ["ckpt_path", "none.pt", "monai.bundle run training"]),
         ({"ckpt_path": "{tmp}/torn.pt"}, ["torn.pt", "truncated"]),
-        ({"channels": "[16,16]", "num_head_channels": "[0,16]"}, ["model.pt", "tensors differ", "found (8, 1, 3, 3, 3)"]),
+        (
+            {"channels": "[16,16]", "num_head_channels": "[0,16]"},
+            ["model.pt", "tensors differ", "found (8, 1, 3, 3, 3)"],
+        ),
         ({"solver": "euler"}, ["solver", "'euler' is unknown", "ddpm"]),
         ({"num_inference_steps": "11"}, ["num_inference_steps", "11", "from 1 to num_train_timesteps = 10"]),
         ({"num_inference_steps": "0"}, ["num_inference_steps", "0", "from 1 to"]),
