@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from monai.engines import DiffusionPrepareBatch
-from monai.networks.schedulers import Scheduler
+from monai.networks.schedulers import RFlowScheduler, Scheduler
 from monai.utils import unsqueeze_right
 
-from scripts.diffusion import check_prediction_type, levels, target
+from scripts.diffusion import check_prediction_type, levels_at, target
 
 
 class SeededPrepareBatch(DiffusionPrepareBatch):
@@ -32,15 +32,26 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         check_prediction_type(prediction_type)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
 
-    def draw(self, draw: int, shape: torch.Size, device: torch.device) -> tuple[int, torch.Tensor]:
-        """(timestep, noise of `shape` on `device`) of one sample."""
+    def draw(self, draw: int, shape: torch.Size, device: torch.device) -> tuple[float, torch.Tensor]:
+        """(timestep, noise of `shape` on `device`) of one sample; the timestep of rectified flow need not be whole."""
         state = np.random.SeedSequence([self.seed, draw, 0]).generate_state(2, np.uint64)
         u = state[0] / 2.0**64
         if self.num_strata:
             u = (draw % self.num_strata + u) / self.num_strata
-        timestep = min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
+        if isinstance(self.scheduler, RFlowScheduler):
+            timestep = self.rectified_flow_timestep(u)
+        else:
+            timestep = min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
         generator = torch.Generator(device).manual_seed(int(state[1]))
         return timestep, torch.randn(shape, generator=generator, device=device)
+
+    def rectified_flow_timestep(self, u: float) -> float:
+        """The u-quantile of the distribution of timesteps that an `RFlowScheduler` names: uniform or logit-normal."""
+        if self.scheduler.sample_method == "logit-normal":
+            normal = self.scheduler.distribution.base_dist.base_dist
+            u = float(torch.sigmoid(normal.icdf(torch.tensor(u).clamp(1e-6, 1 - 1e-6))))
+        timestep = u * self.num_train_timesteps
+        return min(int(timestep) + 1, self.num_train_timesteps) if self.scheduler.use_discrete_timesteps else timestep
 
     def __call__(
         self,
@@ -54,7 +65,7 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         drawn = [self.draw(int(d), images.shape[1:], images.device) for d in batchdata["draw"]]
         timesteps = torch.tensor([t for t, _ in drawn]).to(images.device, non_blocking=non_blocking)
         noise = torch.stack([n for _, n in drawn])
-        a, s = levels(self.scheduler.alphas_cumprod.to(images.device)[timesteps])
+        a, s = levels_at(self.scheduler, timesteps)
         a, s = (unsqueeze_right(level.to(images.dtype), images.ndim) for level in (a, s))
         wanted = target(self.prediction_type, images, noise, a, s)
         return images, wanted, (), {"noise": noise, "timesteps": timesteps}

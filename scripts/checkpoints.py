@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
@@ -47,12 +49,14 @@ def checkpoints_in(folder: str) -> list[str]:
 
 
 def load_file(path: str, device: torch.device | str = "cpu") -> dict:
-    """Read a PyTorch file with `weights_only` (nothing in it is executed).
+    """Read a PyTorch file with `weights_only` (nothing in it is executed), or a safetensors file.
 
     Raises:
         BundleError: it is torn, of another kind, or holds something else than a dictionary.
     """
     try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(path, device=str(device))
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch.load has many ways to fail on a damaged file
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
@@ -83,12 +87,34 @@ def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
         )
 
 
-def load_weights(network: nn.Module, ckpt_path: str, **expected: Any) -> None:
-    """Load a plain state dict (`model.pt`) into a network.
+OLD_NAMES = re.compile(r"(\.to_[qkv]|\.proj_attn|\.to_out\.0|upsampler\.conv(\.conv)?)\.(weight|bias)$")
+
+
+def read_state_dict(path: str, weights: str = "ema") -> dict[str, torch.Tensor]:
+    """The state dict of a network from any of the files that hold one.
 
     Args:
-        network: receives the weights, on its own device and in its own type.
+        path: a plain state dict; {"model": state dict}, as MedForj publishes; a checkpoint of a whole training run of
+            this bundle; or a .safetensors file.
+        weights: "ema" or "raw": which ones of a training checkpoint.
+    """
+    if weights not in ("ema", "raw"):
+        raise BundleError(f"weights: {weights!r} is unknown; it must be 'ema' or 'raw'")
+    content = load_file(path)
+    if "network" in content and "ema" in content:
+        return content["ema" if weights == "ema" else "network"]
+    return content["model"] if isinstance(content.get("model"), dict) else content
+
+
+def load_weights(network: nn.Module, ckpt_path: str, weights: str = "ema", **expected: Any) -> None:
+    """Load the weights of a file that `read_state_dict` can read into a network.
+
+    A state dict of a `monai-generative` 0.2 network is translated by MONAI's `load_old_state_dict`.
+
+    Args:
+        network: receives the weights, on its own device and in its own type; a `DiffusionSampler` passes them on.
         ckpt_path: the file; a JSON file of the same name beside it, which training writes, is compared with `expected`.
+        weights: "ema" or "raw", for a checkpoint of a whole training run.
         expected: knobs that must be as they were in training, such as prediction_type="epsilon".
 
     Raises:
@@ -106,9 +132,30 @@ def load_weights(network: nn.Module, ckpt_path: str, **expected: Any) -> None:
                 f"{key}: {expected[key]!r} was given, but {ckpt_path!r} was trained with {value!r}; give the same "
                 "(or the preset that was used for training)"
             )
-    state_dict = load_file(ckpt_path)
+    state_dict = read_state_dict(ckpt_path, weights)
+    strangers = [name for name in state_dict if name not in network.state_dict()]
+    if strangers and all(OLD_NAMES.search(name) for name in strangers):
+        load_old(getattr(network, "unet", network), state_dict, ckpt_path)
+        return
     check_fits(network, state_dict, ckpt_path)
     network.load_state_dict(state_dict)
+
+
+def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
+    """Load a `monai-generative` state dict into a `DiffusionModelUNet`, which must be built without the projection
+    that such a network never applied."""
+    if any(name.endswith(".attn.out_proj.weight") for name in unet.state_dict()):
+        raise BundleError(
+            f"{path!r} was trained with monai-generative, whose attention has no output projection; give "
+            "--network_def#unet#include_fc false --network_def#unet#use_combined_linear false"
+        )
+    try:
+        with contextlib.redirect_stdout(None):
+            unet.load_old_state_dict(dict(state_dict))
+    except (KeyError, RuntimeError) as e:
+        raise BundleError(
+            f"{path!r}, trained with monai-generative, does not belong to the network of this config: {str(e)[:300]}"
+        ) from e
 
 
 def described(ckpt_path: str) -> dict:

@@ -1,12 +1,13 @@
 """All the arithmetic of the diffusion process, in one place for training, sampling, validation and tests.
 
-The forward process is x_t = a x_0 + s e with a = sqrt(alphas_cumprod), s = sqrt(1 - alphas_cumprod) and e ~ N(0, I)
-(Ho et al. 2020, Eq. 4). A network is trained to predict one of
+The forward process is x_t = a x_0 + s e with e ~ N(0, I): a = sqrt(alphas_cumprod), s = sqrt(1 - alphas_cumprod) for
+DDPM (Ho et al. 2020, Eq. 4), a = 1 - t / T, s = t / T for rectified flow (Liu et al. 2023, Eq. 1). A network is trained to predict one of
 
     epsilon       e                 Ho et al. 2020, Eq. 14
     sample        x_0
     v_prediction  a e - s x_0       Salimans & Ho 2022, App. D
     flow          e - x_0           Remedios et al. 2025 (MedForj)
+    rectified_flow  x_0 - e         Liu et al. 2023, the sign of MONAI's RFlowScheduler
 
 Each of them is a linear function of x_0 and e, so each can be turned into any other one, given x_t.
 """
@@ -14,10 +15,11 @@ Each of them is a linear function of x_0 and e, so each can be turned into any o
 from __future__ import annotations
 
 import torch
+from monai.networks.schedulers import RFlowScheduler, Scheduler
 
 from scripts.errors import BundleError
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow", "rectified_flow")
 
 
 def check_prediction_type(prediction_type: str) -> None:
@@ -26,10 +28,25 @@ def check_prediction_type(prediction_type: str) -> None:
         raise BundleError(f"prediction_type: {prediction_type!r} is unknown; it must be one of {PREDICTION_TYPES}")
 
 
-def levels(alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise level (a, s) of `alphas_cumprod` in [0, 1], any shape; float64, so that 1 - it is exact."""
-    alphas_cumprod = alphas_cumprod.double()
+def levels_at(scheduler: Scheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal and noise level (a, s) of a MONAI scheduler at some timesteps, float64.
+
+    Args:
+        scheduler: a `DDPMScheduler` or `DDIMScheduler` (a^2 = alphas_cumprod, s^2 = 1 - a^2; whole timesteps in
+            [0, T - 1]), or an `RFlowScheduler` (the straight path a = 1 - t / T, s = t / T; any t in [0, T]).
+        timesteps: any shape.
+    """
+    if isinstance(scheduler, RFlowScheduler):
+        s = timesteps.double() / scheduler.num_train_timesteps
+        return 1 - s, s
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device).double()[timesteps.long()]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def training_timesteps(scheduler: Scheduler) -> torch.Tensor:
+    """All whole timesteps of a scheduler that hold noise, ascending: 0 .. T - 1, for rectified flow 1 .. T. (T,)"""
+    first = 1 if isinstance(scheduler, RFlowScheduler) else 0
+    return torch.arange(first, first + scheduler.num_train_timesteps)
 
 
 def target(
@@ -52,7 +69,7 @@ def target(
         return x0
     if prediction_type == "v_prediction":
         return (a * noise - s * x0).to(x0.dtype)
-    return noise - x0
+    return noise - x0 if prediction_type == "flow" else x0 - noise
 
 
 def sample_coefficients(
@@ -70,7 +87,8 @@ def sample_coefficients(
         return torch.zeros_like(a), torch.ones_like(a)
     if prediction_type == "v_prediction":
         return a, -s
-    return 1 / (a + s), -s / (a + s)
+    sign = 1 if prediction_type == "flow" else -1
+    return 1 / (a + s), -sign * s / (a + s)
 
 
 def epsilon_coefficients(
@@ -85,26 +103,21 @@ def epsilon_coefficients(
         return 1 / s, -a / s
     if prediction_type == "v_prediction":
         return s, a
-    return 1 / (a + s), a / (a + s)
+    sign = 1 if prediction_type == "flow" else -1
+    return 1 / (a + s), sign * a / (a + s)
 
 
-def posterior(
-    alphas_cumprod: torch.Tensor, alphas_cumprod_next: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q(x_next | x_t, x_0) = N(c_x x_t + c_0 x_0, variance) between any two levels of the process.
-
-    Ho et al. 2020, Eq. 6-7, with the one-step beta replaced by the step that is really taken (Nichol & Dhariwal 2021,
-    Sec. 4, Eq. 19), so that it holds for any subsequence of timesteps.
+def convert(
+    output: torch.Tensor, source: str, wanted: str, x_t: torch.Tensor, a: torch.Tensor, s: torch.Tensor
+) -> torch.Tensor:
+    """What a network of type `wanted` would have given where one of type `source` gave `output` for x_t.
 
     Args:
-        alphas_cumprod: at the noisier level, in (0, 1), float64.
-        alphas_cumprod_next: at the cleaner level, in (alphas_cumprod, 1]; 1 is the data itself.
-
-    Returns:
-        (c_x, c_0, variance), each of the arguments' shape.
+        output, x_t: (B, C, *spatial).
+        source, wanted: of `PREDICTION_TYPES`.
+        a, s: levels that broadcast against x_t.
     """
-    alpha = alphas_cumprod / alphas_cumprod_next
-    beta = 1 - alpha
-    c_x = alpha.sqrt() * (1 - alphas_cumprod_next) / (1 - alphas_cumprod)
-    c_0 = alphas_cumprod_next.sqrt() * beta / (1 - alphas_cumprod)
-    return c_x, c_0, beta * (1 - alphas_cumprod_next) / (1 - alphas_cumprod)
+    p, q = sample_coefficients(source, a, s)
+    x0 = p * x_t + q * output
+    p, q = epsilon_coefficients(source, a, s)
+    return target(wanted, x0, p * x_t + q * output, a, s)

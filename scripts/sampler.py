@@ -1,12 +1,7 @@
 """Reverse diffusion as one module: noise in, volume out.
 
-Every solver is the same loop over timesteps t_0 > t_1 > ... with its own table of coefficients,
-
-    x_0 = p x + q network(x, t_i)          the network's opinion of the clean volume
-    x  <- c_x x + c_0 x_0 + c_z z          z ~ N(0, I)
-
-computed once in float64 from the levels that are really visited. After the last timestep comes the data itself
-(alphas_cumprod = 1).
+Every solver is the same loop over timesteps with a table of coefficients from `scripts.solvers`, computed once in
+float64 from the levels that are really visited; after the last timestep comes the data itself.
 """
 
 from __future__ import annotations
@@ -23,45 +18,21 @@ from monai.utils import convert_to_dst_type
 from torch import nn
 from tqdm import tqdm
 
-from scripts.diffusion import check_prediction_type, epsilon_coefficients, levels, posterior, sample_coefficients
+from scripts.diffusion import check_prediction_type, levels_at, sample_coefficients, training_timesteps
 from scripts.errors import BundleError
-
-SOLVERS = ("ddpm", "ddim")
+from scripts.solvers import SOLVERS, visited
 
 
 def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int) -> None:
     """Raises BundleError for an unknown solver or a number of steps that the training schedule does not have."""
     if solver not in SOLVERS:
-        raise BundleError(f"solver: {solver!r} is unknown; it must be one of {SOLVERS}")
+        raise BundleError(f"solver: {solver!r} is unknown; it must be one of {tuple(SOLVERS)}")
     whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
     if not whole or not 1 <= num_inference_steps <= num_train_timesteps:
         raise BundleError(
             f"num_inference_steps: {num_inference_steps!r} was given; it must be a whole number from 1 to "
             f"num_train_timesteps = {num_train_timesteps}"
         )
-
-
-def visited_timesteps(num_inference_steps: int, num_train_timesteps: int) -> torch.Tensor:
-    """T-1 ... 0, evenly spaced and rounded, descending: (num_inference_steps,) int64."""
-    return torch.from_numpy(np.linspace(num_train_timesteps - 1, 0, num_inference_steps).round().astype(np.int64))
-
-
-def solver_table(solver: str, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Coefficients (c_x, c_0, c_z) of every step, as a float64 tensor (steps, 3).
-
-    Args:
-        solver: "ddpm", ancestral sampling (Ho et al. 2020, Alg. 2, on any subsequence of the timesteps), or
-            "ddim", deterministic (Song et al. 2021, Eq. 12 with eta = 0).
-        alphas_cumprod: at the visited timesteps, noisiest first, float64 (steps,).
-    """
-    after = torch.cat([alphas_cumprod[1:], alphas_cumprod.new_ones(1)])
-    if solver == "ddpm":
-        c_x, c_0, variance = posterior(alphas_cumprod, after)
-        return torch.stack([c_x, c_0, variance.sqrt()], 1)
-    (a, s), (a_after, s_after) = levels(alphas_cumprod), levels(after)
-    # x = a_after x_0 + s_after e with e = (x_t - a x_0) / s
-    p, q = epsilon_coefficients("sample", a, s)
-    return torch.stack([s_after * p, a_after + s_after * q, torch.zeros_like(a)], 1)
 
 
 def volume_seed(noise: torch.Tensor) -> int:
@@ -79,10 +50,13 @@ class DiffusionSampler(nn.Module):
 
     Args:
         unet: a network (x, timesteps) -> prediction, such as MONAI's `DiffusionModelUNet`.
-        scheduler: a MONAI scheduler; only its `alphas_cumprod` and `num_train_timesteps` are used.
+        scheduler: the MONAI scheduler of the training; only its noise levels are used.
         num_inference_steps: number of network evaluations, 1 .. num_train_timesteps.
-        solver: one of `SOLVERS`.
+        solver: one of `scripts.solvers.SOLVERS`.
         prediction_type: what the network was trained to predict, see `scripts.diffusion`.
+        timestep_spacing: one of `scripts.solvers.SPACINGS`.
+        sigma_max: with "logsnr", the noise-to-signal ratio to begin at; None for the noisiest timestep.
+        eta: scale of the noise that "ddim" (0 by default) and "dpmpp_2m_sde" (1) add on the way; None for the default.
         clip_sample: clamp the predicted x_0 to [-1, 1] at every step (as Dorjsembe et al. do).
         amp_dtype: autocast the network to this type; None for float32. Not used when scripted.
         progress: show a bar over the steps. Not used when scripted.
@@ -98,6 +72,9 @@ class DiffusionSampler(nn.Module):
         num_inference_steps: int,
         solver: str = "ddpm",
         prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        sigma_max: float | None = None,
+        eta: float | None = None,
         clip_sample: bool = True,
         amp_dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -109,17 +86,16 @@ class DiffusionSampler(nn.Module):
         self.clip_sample = clip_sample
         self.amp_dtype = amp_dtype
         self.progress = progress
-        timesteps = visited_timesteps(num_inference_steps, scheduler.num_train_timesteps)
-        alphas_cumprod = scheduler.alphas_cumprod.cpu().double()[timesteps]
-        table = torch.cat(
-            [
-                torch.stack(sample_coefficients(prediction_type, *levels(alphas_cumprod)), 1),
-                solver_table(solver, alphas_cumprod),
-            ],
-            1,
-        )
-        self.stochastic: bool = bool((table[:, 4] > 0).any())
-        self.register_buffer("timesteps", timesteps.float(), persistent=False)
+        timesteps = training_timesteps(scheduler)
+        a, s = levels_at(scheduler, timesteps)
+        chosen = visited(a.cpu().numpy(), s.cpu().numpy(), num_inference_steps, timestep_spacing, sigma_max)
+        a, s = a.cpu()[chosen], s.cpu()[chosen]
+        options = {} if eta is None else {"eta": eta}
+        steps = SOLVERS[solver](np.append(a.numpy(), 1.0), np.append(s.numpy(), 0.0), **options)
+        to_sample = torch.stack(sample_coefficients(prediction_type, a, s), 1)
+        table = torch.cat([to_sample, torch.from_numpy(steps)], 1)  # p, q, c_x, c_0, c_1, c_z
+        self.stochastic: bool = bool((table[:, 5] > 0).any())
+        self.register_buffer("timesteps", timesteps.float()[chosen], persistent=False)
         self.register_buffer("table", table.float(), persistent=False)
 
     def forward(self, noise: torch.Tensor) -> torch.Tensor:
@@ -130,32 +106,57 @@ class DiffusionSampler(nn.Module):
         """
         with torch.no_grad():
             x = noise
-            generators: list[torch.Generator] = []
             if torch.jit.is_scripting():
                 steps = range(self.timesteps.shape[0])
             else:
                 x = x.as_subclass(torch.Tensor)  # a MetaTensor would copy its metadata at every operation
                 steps = tqdm(range(len(self.timesteps)), "denoising", leave=False, disable=not self.progress)
-            if self.stochastic:
-                for i in range(x.shape[0]):
-                    generator = torch.Generator(device=x.device)
-                    generator.manual_seed(volume_seed(x[i]))
-                    generators.append(generator)
+            generators = self.generators(x)
+            x0 = torch.zeros_like(x)
             for i in steps:
-                c = self.table[i]
-                x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].expand(x.shape[0]))
-                if self.clip_sample:
-                    x0 = x0.clamp(-1.0, 1.0)
-                x = c[2] * x + c[3] * x0
-                if self.stochastic:
-                    z: list[torch.Tensor] = []
-                    for generator in generators:
-                        z.append(torch.randn(x.shape[1:], generator=generator, device=x.device))
-                    x = x + c[4] * torch.stack(z)
+                x, x0 = self.step(i, x, x0, generators)
             if not torch.jit.is_scripting():
                 if isinstance(noise, MetaTensor):
                     x = convert_to_dst_type(x, noise)[0]
             return x
+
+    def generators(self, noise: torch.Tensor) -> list[torch.Generator]:
+        """A generator for each volume of a batch, seeded by its first noise; none for a deterministic solver."""
+        generators: list[torch.Generator] = []
+        if self.stochastic:
+            for i in range(noise.shape[0]):
+                generator = torch.Generator(device=noise.device)
+                generator.manual_seed(volume_seed(noise[i]))
+                generators.append(generator)
+        return generators
+
+    def step(
+        self, i: int, x: torch.Tensor, previous_x0: torch.Tensor, generators: list[torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
+        c = self.table[i]
+        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].expand(x.shape[0]))
+        if self.clip_sample:
+            x0 = x0.clamp(-1.0, 1.0)
+        x = c[2] * x + c[3] * x0 + c[4] * previous_x0
+        if self.stochastic:
+            z: list[torch.Tensor] = []
+            for generator in generators:
+                z.append(torch.randn(x.shape[1:], generator=generator, device=x.device))
+            x = x + c[5] * torch.stack(z)
+        return x, x0
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def trajectory(self, noise: torch.Tensor, every: int = 1) -> list[torch.Tensor]:
+        """The volumes on the way: `noise`, x after every `every` steps, and the final volume, each (B, C, *spatial)."""
+        x, x0, generators = noise, torch.zeros_like(noise), self.generators(noise)
+        volumes = [x]
+        for i in range(len(self.timesteps)):
+            x, x0 = self.step(i, x, x0, generators)
+            if (i + 1) % every == 0 or i + 1 == len(self.timesteps):
+                volumes.append(x)
+        return volumes
 
     def predict(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The network's float32 output for x_t (B, C, *spatial) at timesteps (B,)."""

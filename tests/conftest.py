@@ -50,14 +50,14 @@ def run_bundle(*verb: str, cwd: Path = ROOT, **overrides: object) -> subprocess.
 def train(dataset_dir: Path | str, output: Path, **overrides: object) -> subprocess.CompletedProcess:
     """A tiny training run with everything it writes below `output`."""
     places = {"dataset_dir": dataset_dir, "output_dir": output, "ckpt_dir": output / "models"}
-    knobs = TINY_TRAINING | places | overrides
-    return run_bundle("run", "training", config_file="configs/train.json", **knobs)
+    knobs = {"config_file": "configs/train.json"} | TINY_TRAINING | places | overrides
+    return run_bundle("run", "training", **knobs)
 
 
 def sample(ckpt_path: Path, output: Path, **overrides: object) -> subprocess.CompletedProcess:
     """A tiny sampling run from weights of `train`."""
-    knobs = TINY_NETWORK | {"ckpt_path": ckpt_path, "output_dir": output, "num_samples": 2} | overrides
-    return run_bundle("run", config_file="configs/inference.json", **knobs)
+    places = {"config_file": "configs/inference.json", "ckpt_path": ckpt_path, "output_dir": output, "num_samples": 2}
+    return run_bundle("run", **TINY_NETWORK | places | overrides)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,18 @@
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from ignite.engine import Engine, Events
+from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from scripts import checkpoints
 from scripts.errors import BundleError
+from scripts.sampler import DiffusionSampler
 
 
 def setup(folder, resume=False, interval=2, iterations=6, network=None):
@@ -182,3 +186,69 @@ def test_other_knobs_than_in_training_are_refused(tmp_path, unet):
     checkpoints.load_weights(unet, str(tmp_path / "model.pt"), prediction_type="epsilon", schedule="cosine")
     with pytest.raises(BundleError, match="prediction_type: 'sample' was given, but .* was trained with 'epsilon'"):
         checkpoints.load_weights(unet, str(tmp_path / "model.pt"), prediction_type="sample")
+
+
+def as_old_names(state_dict):
+    """The names that monai-generative 0.2 gave to the same tensors, with the projection that it never applied."""
+    old = {}
+    for name, tensor in state_dict.items():
+        old[re.sub(r"\.attn\.(to_[qkv])", r".\1", name).replace("postconv", "conv")] = tensor
+        if name.endswith(".attn.to_v.weight"):
+            old[name.replace(".attn.to_v.weight", ".proj_attn.weight")] = torch.randn_like(tensor)
+            old[name.replace(".attn.to_v.weight", ".proj_attn.bias")] = torch.randn(len(tensor))
+    return old
+
+
+@pytest.fixture
+def old_style_unet():
+    network = DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        channels=[8, 8],
+        attention_levels=[False, True],
+        num_head_channels=[0, 8],
+        num_res_blocks=1,
+        norm_num_groups=8,
+        include_fc=False,
+        use_combined_linear=False,
+    )
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.1)
+    return network.eval()
+
+
+@pytest.mark.parametrize("layout", ["plain", "medforj", "safetensors", "ema", "raw", "monai-generative"])
+def test_every_layout_gives_the_same_network(tmp_path, old_style_unet, scheduler, layout):
+    wanted = {name: tensor.clone() for name, tensor in old_style_unet.state_dict().items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    x, t = torch.randn(1, 1, 8, 8, 8), torch.tensor([3.0])
+    before = old_style_unet(x, t)
+    path = tmp_path / ("model.safetensors" if layout == "safetensors" else "model.pt")
+    if layout == "safetensors":
+        safetensors.torch.save_file(wanted, path)
+    else:
+        content = {
+            "plain": wanted,
+            "medforj": {"model": wanted},
+            "ema": {"network": zeros, "ema": wanted, "iteration": 3},
+            "raw": {"network": wanted, "ema": zeros, "iteration": 3},
+            "monai-generative": as_old_names(wanted),
+        }[layout]
+        torch.save(content, path)
+    old_style_unet.load_state_dict(zeros)
+    sampler = DiffusionSampler(old_style_unet, scheduler, 2)
+    checkpoints.load_weights(sampler, str(path), "raw" if layout == "raw" else "ema")
+    torch.testing.assert_close(old_style_unet(x, t), before, atol=1e-6, rtol=0)
+
+
+def test_an_old_network_needs_the_old_attention(tmp_path, unet, old_style_unet):
+    torch.save(as_old_names(old_style_unet.state_dict()), tmp_path / "model.pt")
+    with pytest.raises(BundleError, match="monai-generative.*include_fc false"):
+        checkpoints.load_weights(unet, str(tmp_path / "model.pt"))
+
+
+def test_an_unknown_kind_of_weights_is_refused(tmp_path, unet):
+    torch.save(unet.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(BundleError, match="weights: 'averaged' is unknown"):
+        checkpoints.load_weights(unet, str(tmp_path / "model.pt"), "averaged")

@@ -3,7 +3,10 @@
 import json
 import re
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
 
@@ -61,6 +64,31 @@ def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, 
     assert [side // 2**i for i, on in enumerate(levels) if on] == [16]
     level = levels.index(True)
     assert parser["num_head_channels"][level] == parser["channels"][level]  # one head
+
+
+def test_the_medforj_preset_is_its_network():
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "presets/medforj.json")])
+    network = parser.get_parsed_content("network_def")
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 41.2
+    assert network(torch.randn(1, 1, 16, 32, 16), torch.tensor([5.0])).shape == (1, 1, 16, 32, 16)
+    scheduler = parser.get_parsed_content("scheduler")
+    torch.testing.assert_close(scheduler.betas, torch.linspace(1e-4, 2e-2, 1000))
+
+
+def test_the_medforj_preprocessing_keeps_one_millimetre_voxels(tmp_path):
+    volume = np.zeros((40, 50, 20), np.float32)
+    volume[10:30, 10:40, 5:15] = np.random.default_rng(0).uniform(50, 100, (20, 30, 10))
+    nib.save(nib.Nifti1Image(volume, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "scan.nii.gz")
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "presets/medforj.json")])
+    parser["spatial_shape"] = [48, 64, 48]
+    item = parser.get_parsed_content("train#preprocessing")({"image": str(tmp_path / "scan.nii.gz")})
+    assert item["image"].shape == (1, 48, 64, 48) and item["voxel_size"].tolist() == [1, 1, 1]
+    inside = (item["image"][0] > -1).nonzero()
+    extent = (inside.max(0).values - inside.min(0).values + 1).tolist()
+    assert extent == pytest.approx([20, 30, 20], abs=2)
+    assert (item["image"].min(), item["image"].max()) == (-1, 1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,79 +1,27 @@
-import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.networks.schedulers import DDPMScheduler
-from torch import nn
 
 from scripts.errors import BundleError
-from scripts.sampler import SOLVERS, DiffusionSampler, solver_table, visited_timesteps, volume_seed
-
-MEAN, STD = 0.3, 0.2
-
-
-class IdealNetwork(nn.Module):
-    """The exact noise prediction for voxels that are independent N(MEAN, STD^2): closed form, no training."""
-
-    def __init__(self, scheduler: DDPMScheduler) -> None:
-        super().__init__()
-        self.alphas_cumprod = scheduler.alphas_cumprod.double()
-
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        bar = self.alphas_cumprod[timesteps.long()].view(-1, *[1] * (x.ndim - 1))
-        a, s = bar.sqrt(), (1 - bar).sqrt()
-        x0 = MEAN + a * STD**2 / (a**2 * STD**2 + s**2) * (x - a * MEAN)
-        return ((x - a * x0) / s).to(x.dtype)
+from scripts.sampler import DiffusionSampler, volume_seed
+from scripts.solvers import SOLVERS
 
 
-def exact_moments(alphas_cumprod: np.ndarray, solver: str) -> tuple[float, float]:
-    """Mean and standard deviation that a solver reaches with the ideal network, without sampling.
-
-    Each step is x' = k x + c + n z in float64, written down from the papers' formulas and not from the solver's table.
-    """
-    mean, variance = 0.0, 1.0
-    after = [*alphas_cumprod[1:], 1.0]
-    for bar, bar_after in zip(alphas_cumprod, after):
-        a, s = np.sqrt(bar), np.sqrt(1 - bar)
-        slope = a * STD**2 / (a**2 * STD**2 + s**2)  # x0 = slope x + offset
-        offset = MEAN - slope * a * MEAN
-        if solver == "ddpm":
-            beta = 1 - bar / bar_after
-            c_0 = np.sqrt(bar_after) * beta / (1 - bar)
-            c_x = np.sqrt(bar / bar_after) * (1 - bar_after) / (1 - bar)
-            n = beta * (1 - bar_after) / (1 - bar)
-        else:
-            a_after, s_after = np.sqrt(bar_after), np.sqrt(1 - bar_after)
-            c_0, c_x, n = a_after - s_after * a / s, s_after / s, 0.0
-        k = c_x + c_0 * slope
-        mean, variance = k * mean + c_0 * offset, k**2 * variance + n
-    return mean, np.sqrt(variance)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("steps", [250, 50, 10])
-def test_samples_of_gaussian_data_have_the_moments_of_the_exact_recursion(scheduler, solver, steps):
-    sampler = DiffusionSampler(IdealNetwork(scheduler), scheduler, steps, solver, clip_sample=False)
-    noise = torch.randn(1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(0))
-    volume = sampler(noise)
-    visited = scheduler.alphas_cumprod.double().numpy()[visited_timesteps(steps, 250).numpy()]
-    mean, std = exact_moments(visited, solver)
-    assert float(volume.mean()) == pytest.approx(mean, rel=5e-3)
-    assert float(volume.std()) == pytest.approx(std, rel=5e-3)
-
-
-@pytest.mark.parametrize("solver, expected", [("ddpm", 0.1933), ("ddim", 0.1971)])
-def test_known_values_of_250_steps(scheduler, solver, expected):
-    bar = scheduler.alphas_cumprod.double().numpy()[::-1]
-    assert exact_moments(bar, solver)[1] == pytest.approx(expected, abs=1e-4)
-
-
-def test_all_timesteps_of_ddpm_are_monais_posterior(scheduler):
-    table = solver_table("ddpm", scheduler.alphas_cumprod.double().flip(0))
+def test_all_timesteps_of_ddpm_are_monais_posterior(unet, scheduler):
+    table = DiffusionSampler(unet, scheduler, 250, "ddpm").table
     x0, x_t = torch.tensor(0.7), torch.tensor(-0.4)
     for t in (249, 120, 1):
-        c_x, c_0, c_z = (float(c) for c in table[249 - t])
+        c_x, c_0, _, c_z = (float(c) for c in table[249 - t, 2:])
         assert c_x * float(x_t) + c_0 * float(x0) == pytest.approx(float(scheduler._get_mean(t, x0, x_t)), abs=1e-4)
         assert c_z**2 == pytest.approx(float(scheduler._get_variance(t)), rel=1e-3)
+
+
+def test_the_trajectory_ends_at_the_volume_and_begins_at_the_noise(unet, scheduler):
+    sampler = DiffusionSampler(unet, scheduler, 7, "ddpm")
+    noise = torch.randn(2, 1, 8, 8, 8)
+    volumes = sampler.trajectory(noise, every=3)
+    assert len(volumes) == 1 + 3 and torch.equal(volumes[0], noise)
+    assert torch.equal(volumes[-1], sampler(noise))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train
+from monai.bundle import ConfigParser
 
 
 def losses(output):
@@ -77,6 +78,42 @@ def test_a_killed_run_resumes_to_exactly_the_losses_of_one_never_killed(cohort, 
     assert losses(tmp_path) == losses(trained)  # as text: every digit
     ours, theirs = (torch.load(p / "models/model.pt", weights_only=True) for p in (tmp_path, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow", "rectified_flow"])
+def test_other_prediction_types_train_and_sample(cohort, tmp_path, prediction_type):
+    names = ["train", "inference"]
+    if prediction_type == "rectified_flow":
+        names = [f"['configs/{name}.json','configs/presets/rectified_flow.json']" for name in names]
+        knobs = {"num_train_timesteps": 1000}
+    else:
+        names = [f"configs/{name}.json" for name in names]
+        knobs = {"prediction_type": prediction_type}
+    done = train(cohort, tmp_path, config_file=names[0], **knobs)
+    assert done.returncode == 0, done.stderr
+    knobs |= {"num_inference_steps": 4, "solver": "dpmpp_2m_sde"}
+    done = sample(tmp_path / "models/model.pt", tmp_path / "samples", config_file=names[1], **knobs)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 2
+
+
+def test_a_checkpoint_of_medforj_samples_from_the_command_line(tmp_path):
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs/train.json"), str(ROOT / "configs/presets/medforj.json")])
+    network = parser.get_parsed_content("network_def")
+    torch.save({"model": network.state_dict()}, tmp_path / "velocity.pt")
+    done = run_bundle(
+        "run",
+        config_file="['configs/inference.json','configs/presets/medforj.json']",
+        ckpt_path=tmp_path / "velocity.pt",
+        output_dir=tmp_path,
+        spatial_shape="[16,32,16]",
+        num_samples=1,
+        num_inference_steps=2,
+        prediction_type="flow",
+    )
+    assert done.returncode == 0, done.stderr
+    assert nib.load(tmp_path / "sample_seed0_volume000.nii.gz").shape == (16, 32, 16)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
@@ -151,8 +188,6 @@ def test_monai_loads_the_network_with_its_weights_from_any_folder(tmp_path, monk
     bundle = tmp_path / "brain_mri_ddpm_3d"
     for part in ("configs", "scripts"):
         shutil.copytree(ROOT / part, bundle / part, ignore=shutil.ignore_patterns("__pycache__"))
-    from monai.bundle import ConfigParser
-
     parser = ConfigParser()
     parser.read_config(str(bundle / "configs/train.json"))
     weights = {k: torch.full_like(v, 0.5) for k, v in parser.get_parsed_content("network_def").state_dict().items()}
