@@ -19,6 +19,7 @@ from ignite.handlers import EMAHandler
 from torch import nn
 
 from scripts.errors import BundleError
+from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
 PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
@@ -250,7 +251,7 @@ class ResumeHandler:
         logger.warning(f"{len(earlier)} checkpoints of an earlier run were moved to {folder} (--resume true goes on)")
 
 
-class CheckpointHandler:
+class CheckpointHandler(IntervalHandler):
     """Trainer handler, the last of all: save everything every `interval` iterations and at the end.
 
     Files in `ckpt_dir`: checkpoint_00001000.pt (network, EMA, optimizer, gradient scaler, iteration), the newest
@@ -266,16 +267,9 @@ class CheckpointHandler:
     """
 
     def __init__(self, ckpt_dir: str, parts: dict[str, Any], interval: int, keep: int, description: dict) -> None:
-        self.ckpt_dir, self.parts, self.interval, self.keep = ckpt_dir, parts, interval, keep
+        super().__init__(interval)
+        self.ckpt_dir, self.parts, self.keep = ckpt_dir, parts, keep
         self.description = description
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
-        engine.add_event_handler(Events.COMPLETED, self.at_end)
-
-    def at_end(self, engine: Engine) -> None:
-        if engine.state.iteration % self.interval:
-            self(engine)
 
     def __call__(self, engine: Engine) -> None:
         iteration = engine.state.iteration

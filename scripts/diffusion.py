@@ -1,7 +1,8 @@
 """All the arithmetic of the diffusion process, in one place for training, sampling, validation and tests.
 
-The forward process is x_t = a x_0 + s e with e ~ N(0, I): a = sqrt(alphas_cumprod), s = sqrt(1 - alphas_cumprod) for
-DDPM (Ho et al. 2020, Eq. 4), a = 1 - t / T, s = t / T for rectified flow (Liu et al. 2023, Eq. 1). A network is trained to predict one of
+The forward process is x_t = a x_0 + s e with e ~ N(0, I). For DDPM a = sqrt(alphas_cumprod), s = sqrt(1 - a^2)
+(Ho et al. 2020, Eq. 4); for rectified flow a = 1 - t / T, s = t / T (Liu et al. 2023, Eq. 1).
+A network is trained to predict one of
 
     epsilon       e                 Ho et al. 2020, Eq. 14
     sample        x_0

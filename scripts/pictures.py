@@ -12,6 +12,8 @@ from ignite.engine import Engine, Events
 from matplotlib import image as png
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.intervals import IntervalHandler
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ def save_png(picture: np.ndarray, path: str, low: float, high: float) -> None:
     os.replace(temporary, path)
 
 
-class PreviewHandler:
+class PreviewHandler(IntervalHandler):
     """Trainer handler: every `interval` iterations and at the end, sample volumes and write them as a PNG.
 
     Args:
@@ -79,17 +81,10 @@ class PreviewHandler:
         seed: int = 0,
         summary_writer: SummaryWriter | None = None,
     ) -> None:
-        self.sampler, self.interval, self.folder, self.summary_writer = sampler, interval, folder, summary_writer
+        super().__init__(interval)
+        self.sampler, self.folder, self.summary_writer = sampler, folder, summary_writer
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(num_samples, 1, 1, *spatial_shape, generator=generator)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
-        engine.add_event_handler(Events.COMPLETED, self.at_end)
-
-    def at_end(self, engine: Engine) -> None:
-        if engine.state.iteration % self.interval:
-            self(engine)
 
     def __call__(self, engine: Engine) -> None:
         volumes = [self.sampler(noise.to(engine.state.device))[0, 0].cpu().numpy() for noise in self.noise]

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import monai.handlers
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.utils import CommonKeys
 from torch.utils.tensorboard import SummaryWriter
+
+from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class TimestepLoss:
         metrics["loss"] = float(torch.stack([loss for losses in self.losses for loss in losses]).mean())
 
 
-class ValidationHandler(monai.handlers.ValidationHandler):
-    """MONAI's `ValidationHandler` by iterations, which also validates at the end and records what it measured.
+class ValidationHandler(IntervalHandler):
+    """Trainer handler like MONAI's `ValidationHandler`, by iterations, which also records what was measured.
 
     Args:
         interval: in iterations.
@@ -67,19 +68,11 @@ class ValidationHandler(monai.handlers.ValidationHandler):
     def __init__(
         self, interval: int, validator: Evaluator, weights: str, record: Any, summary_writer: SummaryWriter
     ) -> None:
-        super().__init__(interval, validator, epoch_level=False)
-        self.weights, self.record, self.summary_writer = weights, record, summary_writer
-
-    def attach(self, engine: Engine) -> None:
-        super().attach(engine)
-        engine.add_event_handler(Events.COMPLETED, self.at_end)
-
-    def at_end(self, engine: Engine) -> None:
-        if engine.state.iteration % self.interval:
-            self(engine)
+        super().__init__(interval)
+        self.validator, self.weights, self.record, self.summary_writer = validator, weights, record, summary_writer
 
     def __call__(self, engine: Engine) -> None:
-        super().__call__(engine)
+        self.validator.run(engine.state.epoch)
         metrics = self.validator.state.metrics
         names = ["loss", *(f"loss_quarter_{i + 1}" for i in range(QUARTERS))]
         self.record.add(engine.state.iteration, self.weights, *(f"{metrics[name]:.6f}" for name in names))

@@ -80,8 +80,7 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=250, schedule="cosine")
 
 
-@pytest.fixture
-def unet() -> DiffusionModelUNet:
+def small_unet(**options: bool) -> DiffusionModelUNet:
     """A small network whose weights are random, its last layer too (MONAI's begins as zero)."""
     torch.manual_seed(0)
     network = DiffusionModelUNet(
@@ -93,7 +92,13 @@ def unet() -> DiffusionModelUNet:
         num_head_channels=[0, 8],
         num_res_blocks=1,
         norm_num_groups=8,
+        **options,
     )
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.1)
     return network.eval()
+
+
+@pytest.fixture
+def unet() -> DiffusionModelUNet:
+    return small_unet()

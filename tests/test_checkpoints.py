@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from conftest import small_unet
 from ignite.engine import Engine, Events
-from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from scripts import checkpoints
@@ -201,21 +201,7 @@ def as_old_names(state_dict):
 
 @pytest.fixture
 def old_style_unet():
-    network = DiffusionModelUNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=1,
-        channels=[8, 8],
-        attention_levels=[False, True],
-        num_head_channels=[0, 8],
-        num_res_blocks=1,
-        norm_num_groups=8,
-        include_fc=False,
-        use_combined_linear=False,
-    )
-    for parameter in network.parameters():
-        parameter.data.normal_(0, 0.1)
-    return network.eval()
+    return small_unet(include_fc=False, use_combined_linear=False)
 
 
 @pytest.mark.parametrize("layout", ["plain", "medforj", "safetensors", "ema", "raw", "monai-generative"])

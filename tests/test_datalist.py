@@ -242,7 +242,7 @@ def test_bad_files_are_skipped_with_a_warning_each_on_demand(mixed, caplog):
         ("/d/ixi_sub-01_T1w.nii.gz", "ixi_sub-01"),
         ("/d/oasis_sub-01_T1w.nii.gz", "oasis_sub-01"),
         ("/d/sub-01_ses-2_desc-sub-cortical_T1w.nii.gz", "sub-01"),
-        ("/home/sub-projects/d/sub-07/T1.nii", "sub-07"),
+        ("/data/sub-projects/d/sub-07/T1.nii", "sub-07"),
         ("/d/brains-sub-sampled/case_1.nii", "/d/brains-sub-sampled/case_1.nii"),
         ("/d/case_1.nii.gz", "/d/case_1.nii.gz"),
     ],

@@ -255,10 +255,10 @@ def test_validation_batches_are_the_same_at_any_batch_size():
 # summary
 
 
-def sized(sizes):
+def sized(sizes, cache="none"):
     """A dataset whose volumes have these voxel sizes."""
     data = [{"image": f"/d/{i}.nii", "mm": size} for i, size in enumerate(sizes)]
-    return VolumeDataset(data, lambda item: {"voxel_size": torch.tensor(item["mm"])}, cache="none")
+    return VolumeDataset(data, lambda item: {"voxel_size": torch.tensor(item["mm"])}, cache=cache)
 
 
 def test_the_summary_says_what_was_trained_on(tmp_path):
@@ -288,5 +288,7 @@ def test_the_summary_of_scans_has_the_voxel_size_of_their_cubes(cohort, scans, t
 
 
 def test_voxel_sizes_are_read_of_evenly_chosen_volumes():
-    found = sized([[float(i)] * 3 for i in range(101)]).voxel_sizes(most=5)
-    assert found.tolist() == [[float(i)] * 3 for i in (0, 25, 50, 75, 100)]
+    cached = sized([[float(i)] * 3 for i in range(199)], "memory").voxel_sizes()
+    assert cached.tolist() == [[float(i)] * 3 for i in range(0, 199, 2)]
+    uncached = sized([[float(i)] * 3 for i in range(15)]).voxel_sizes()  # each would be preprocessed for it
+    assert uncached.tolist() == [[float(i)] * 3 for i in range(0, 15, 2)]

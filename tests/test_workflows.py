@@ -1,5 +1,6 @@
 """The real commands at tiny size: train, kill, resume, sample, the demonstration, the verbs, and bad inputs."""
 
+import ast
 import csv
 import json
 import os
@@ -15,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train
 from monai.bundle import ConfigParser
+
+from scripts.checkpoints import load_weights
 
 
 def losses(output):
@@ -176,10 +179,19 @@ def test_the_network_is_verified_and_exported_from_the_command_line(trained, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     archive = tmp_path / "model.ts"
-    ckpt = {"ckpt_file": trained / "models/model.pt", "filepath": archive}
+    ckpt = {"ckpt_file": trained / "models/model.pt", "filepath": archive, "solver": "dpmpp_2m"}
     done = run_bundle("ckpt_export", "network_def", **ckpt, **common)
     assert done.returncode == 0, done.stderr
-    assert torch.jit.load(str(archive))(torch.randn(1, 1, 16, 16, 16)).shape == (1, 1, 16, 16, 16)
+
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "configs/inference.json"))
+    knobs = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()}
+    parser.update(knobs | {"num_inference_steps": 2, "solver": "dpmpp_2m"})
+    eager = parser.get_parsed_content("network_def")
+    load_weights(eager, str(trained / "models/model.pt"))
+    for batch in (1, 3):
+        noise = torch.randn(batch, 1, 16, 16, 16)
+        torch.testing.assert_close(torch.jit.load(str(archive))(noise), eager(noise), atol=1e-5, rtol=0)
 
 
 def test_monai_loads_the_network_with_its_weights_from_any_folder(tmp_path, monkeypatch):
