@@ -20,6 +20,15 @@ def check_positive(**knobs: float) -> None:
             raise BundleError(f"{key}: {value!r} was given; it must be a number above 0")
 
 
+def switch(**knob: bool | str) -> bool:
+    """The truth of one knob, switch(resume=...): the command line gives `--resume false` as the word "false"."""
+    ((key, value),) = knob.items()
+    truth = {"true": True, "false": False}.get(str(value).lower())
+    if truth is None:
+        raise BundleError(f"{key}: {value!r} was given; it must be true or false")
+    return truth
+
+
 def check_network(
     spatial_shape: Sequence[int],
     channels: Sequence[int],
@@ -52,7 +61,7 @@ def check_network(
             )
     for level, (width, heads) in enumerate(zip(channels, num_head_channels)):
         if (attention_levels[level] or level == len(channels) - 1) and (heads < 1 or width % heads):
-            where = "and in the middle block" if level == len(channels) - 1 else "where attention_levels is true"
+            where = "the middle block has attention" if level == len(channels) - 1 else "attention_levels is true there"
             raise BundleError(
                 f"num_head_channels: {list(num_head_channels)} was given, but channels[{level}] = {width} cannot be "
                 f"shared among heads of {heads} channels ({where}); a divisor such as {width} (one head) would be right"

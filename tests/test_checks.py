@@ -78,6 +78,17 @@ def test_positive_numbers_are_checked(value):
         checks.check_positive(learning_rate=value)
 
 
+@pytest.mark.parametrize("value, truth", [(True, True), ("true", True), ("False", False), (False, False)])
+def test_switches_are_understood_as_the_command_line_gives_them(value, truth):
+    assert checks.switch(resume=value) is truth
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_another_word_for_a_switch_is_refused(value):
+    with pytest.raises(BundleError, match="resume: .* true or false"):
+        checks.switch(resume=value)
+
+
 def test_precision_goes_by_the_device():
     cpu = torch.device("cpu")
     assert checks.amp_dtype("auto", cpu) is None
