@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,11 @@ from ignite.handlers import EMAHandler
 from torch import nn
 
 from scripts.errors import BundleError
+from scripts.files import write_atomically
 from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
 PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
-
-
-def write_atomically(path: str, write: Callable[[str], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it: `path` is whole or absent.
-
-    Raises:
-        BundleError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
-    """
-    temporary = f"{path}.partial"
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise BundleError(f"{path!r} could not be written ({e}); earlier files are untouched") from e
 
 
 def checkpoints_in(folder: str) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import monai.data
 import numpy as np
@@ -15,6 +16,7 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
 from scripts.errors import BundleError
+from scripts.files import write_atomically
 
 CACHES = ("memory", "disk", "none")
 
@@ -158,7 +160,5 @@ def summarise(
         "validation": [item["image"] for item in validation.volumes.data],
     }
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.partial", "w") as file:
-        json.dump(summary, file, indent=4)
-    os.replace(f"{path}.partial", path)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(summary, indent=4)))
     return statistics["median"]

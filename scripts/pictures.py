@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from matplotlib import image as png
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.files import write_atomically
 from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,9 @@ def mosaic(strips: list[np.ndarray], gap: int = 2, smallest: int = 96) -> np.nda
 
 def save_png(picture: np.ndarray, path: str, low: float, high: float) -> None:
     """Write a grey picture (rows, columns); `low` is black and `high` white. The file appears whole or not at all."""
-    temporary = f"{path}.partial"
-    png.imsave(temporary, picture, cmap="gray", vmin=low, vmax=high, format="png")
-    os.replace(temporary, path)
+    write_atomically(
+        path, lambda temporary: png.imsave(temporary, picture, cmap="gray", vmin=low, vmax=high, format="png")
+    )
 
 
 class PreviewHandler(IntervalHandler):

@@ -15,6 +15,7 @@ from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from scripts.errors import BundleError
+from scripts.files import write_atomically
 
 STATISTICS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
 
@@ -35,12 +36,13 @@ class CsvRecord:
         """Keep the rows up to and including `iteration`; 0 begins the file anew."""
         kept = [row for row in self.rows() if int(row["iteration"]) <= iteration] if iteration else []
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        temporary = f"{self.path}.partial"
-        with open(temporary, "w", newline="") as file:
+        write_atomically(self.path, lambda temporary: self.write(temporary, kept))
+
+    def write(self, path: str, rows: list[dict[str, str]]) -> None:
+        with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.header)
             writer.writeheader()
-            writer.writerows(kept)
-        os.replace(temporary, self.path)
+            writer.writerows(rows)
 
     def add(self, iteration: int, *values: float | str) -> None:
         with open(self.path, "a", newline="") as file:
@@ -88,9 +90,7 @@ def plot_losses(training: CsvRecord, validation: CsvRecord, path: str) -> None:
     table = side.table([[f"{v:.5g}"] for v in loss_statistics(losses).values()], rowLabels=STATISTICS, loc="center")
     table.scale(1, 1.4)
     side.set_title("training loss")
-    temporary = f"{path}.partial"
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 class TrainingRecord:

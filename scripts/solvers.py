@@ -95,7 +95,6 @@ def gaussian_weight(h: float) -> float:
 
 
 SOLVERS = {f.__name__: f for f in (ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, gaussian_2m)}
-STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
 
 
 def visited(
