@@ -105,8 +105,13 @@ def problem_of_item(item: dict[str, str]) -> str:
     return problem
 
 
-def readable(images: Sequence[dict[str, str]], skip_bad_files: bool = False) -> list[dict[str, str]]:
-    """Read every file once, in parallel, and give back those that can be used for training.
+def readable(
+    images: Sequence[dict[str, str]], skip_bad_files: bool = False, key: str = "dataset_dir"
+) -> list[dict[str, str]]:
+    """Read every file once, in parallel, and give back those that can be used.
+
+    Args:
+        key: what the user knows the files by, for the message.
 
     Raises:
         BundleError: lists ALL files that cannot be used, unless `skip_bad_files`, which warns of each instead.
@@ -119,7 +124,7 @@ def readable(images: Sequence[dict[str, str]], skip_bad_files: bool = False) -> 
     if bad and not skip_bad_files:
         files = "file" if len(bad) == 1 else "files"
         raise BundleError(
-            f"dataset_dir: {len(bad)} {files} of {len(images)} cannot be used for training "
+            f"{key}: {len(bad)} {files} of {len(images)} cannot be used "
             "(mend or remove, or go on without by --skip_bad_files true):\n  " + "\n  ".join(bad)
         )
     for line in bad:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from matplotlib import image as png
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.files import write_atomically
@@ -57,6 +58,12 @@ def save_png(picture: np.ndarray, path: str, low: float, high: float) -> None:
     write_atomically(
         path, lambda temporary: png.imsave(temporary, picture, cmap="gray", vmin=low, vmax=high, format="png")
     )
+
+
+def save_figure(figure: Figure, folder: str, file: str, title: str, caption: str) -> dict[str, str]:
+    """Write a figure as PNG and return its entry in an evaluation's report."""
+    write_atomically(os.path.join(folder, file), lambda path: figure.savefig(path, dpi=110, format="png"))
+    return {"file": file, "title": title, "caption": caption}
 
 
 class PreviewHandler(IntervalHandler):

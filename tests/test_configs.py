@@ -38,6 +38,11 @@ def test_one_network_in_three_files():
     assert shapes == [train["spatial_shape"]] * 2 == [inference["spatial_shape"]] * 2
 
 
+def test_volumes_are_compared_in_the_size_that_is_sampled():
+    configs = [json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("inference", "evaluate", "reader_study")]
+    assert len({tuple(config["spatial_shape"]) for config in configs}) == 1
+
+
 def test_the_papers_settings_are_the_defaults():
     train = json.loads((CONFIGS / "train.json").read_text())
     paper = {
@@ -93,7 +98,9 @@ def test_the_medforj_preprocessing_keeps_one_millimetre_voxels(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_names_only_knobs_of_the_configs(preset):
-    known = {key for name in ("train", "inference") for key in json.loads((CONFIGS / f"{name}.json").read_text())}
+    known = {
+        key for name in ("train", "inference", "evaluate") for key in json.loads((CONFIGS / f"{name}.json").read_text())
+    }
     assert set(json.loads((CONFIGS / "presets" / preset).read_text())) <= known
 
 

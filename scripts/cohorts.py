@@ -1,0 +1,231 @@
+"""Folders of volumes of any origin, brought to one grid, as the measures of the evaluation take them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from scripts.datalist import find_images, readable, stem
+from scripts.datasets import VolumeDataset
+from scripts.errors import BundleError
+
+logger = logging.getLogger(__name__)
+REAL, HELD_OUT = "real", "held-out"
+
+
+@dataclass
+class Cohort:
+    """One folder of preprocessed volumes.
+
+    Attributes:
+        name: "real", "held-out", or the name that the user gave a synthetic folder.
+        files: (N) paths, in the order of `volumes`.
+        volumes: (N, *spatial) float16 in [-1, 1], RAS, background exactly -1; two or three spatial dims.
+        voxel_size: (N, spatial dims) float32 in mm; it differs from volume to volume, since each brain fills its cube.
+        label_maps: (N) paths of label maps (integers) of the volumes, "" where there is none; None without any.
+        notes: what a reader of the report should know, one sentence each.
+    """
+
+    name: str
+    files: list[str]
+    volumes: np.ndarray
+    voxel_size: np.ndarray
+    label_maps: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+
+@dataclass
+class Cohorts:
+    """Everything that one evaluation compares.
+
+    Attributes:
+        real: the reference, usually what the generator was trained on.
+        held_out: real volumes that it has never seen, or None: a yardstick for every measure.
+        synthetic: one cohort a generator, in the order given.
+    """
+
+    real: Cohort
+    held_out: Cohort | None
+    synthetic: list[Cohort]
+
+    def __iter__(self) -> Iterator[Cohort]:
+        """The real one, the held-out one if there is any, the synthetic ones."""
+        yield self.real
+        if self.held_out is not None:
+            yield self.held_out
+        yield from self.synthetic
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """Matplotlib colours by name: the real cohort black, the held-out one grey, the others tab10 in its order."""
+        tab10 = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
+        synthetic = {cohort.name: f"tab:{tab10[i % len(tab10)]}" for i, cohort in enumerate(self.synthetic)}
+        return {REAL: "black", HELD_OUT: "0.5", self.real.name: "black"} | synthetic
+
+
+def named_folders(
+    real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[str, str] | str
+) -> dict[str, str | list[str]]:
+    """{cohort name: folder, or list of files}, in the order of the report.
+
+    Args:
+        real_dir: a folder, or the dataset.json that training wrote: its training files are then the real cohort and
+            its validation files the held-out one.
+        held_out_dir: a folder or None.
+        synthetic_dirs: {name: folder}, or one folder, which is then named "synthetic".
+
+    Raises:
+        BundleError: a folder that is missing, a name that is taken, no synthetic folder.
+    """
+    if isinstance(synthetic_dirs, str):
+        synthetic_dirs = {"synthetic": synthetic_dirs}
+    if not isinstance(synthetic_dirs, Mapping) or not synthetic_dirs:
+        raise BundleError(
+            f"synthetic_dirs: {synthetic_dirs!r} was given; a folder, or names and folders such as "
+            "\"{'ours': 'output/samples', 'gan': 'other/samples'}\" would be right"
+        )
+    for name in synthetic_dirs:
+        if str(name) in (REAL, HELD_OUT):
+            raise BundleError(f"synthetic_dirs: the name {name!r} is taken by a cohort of real volumes; use another")
+    keys: dict[str, tuple[str, str | None]] = {REAL: ("real_dir", real_dir)}
+    folders: dict[str, str | list[str]] = {}
+    if real_dir and os.path.isfile(real_dir) and real_dir.endswith(".json"):
+        try:
+            with open(real_dir) as file:
+                split = json.load(file)
+            folders = {REAL: list(split["training"]), HELD_OUT: list(split["validation"])}
+        except (ValueError, KeyError, TypeError) as e:
+            raise BundleError(
+                f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); "
+                "output/training/dataset.json or a folder of NIfTI volumes would be right"
+            ) from e
+        if held_out_dir:
+            raise BundleError(f"held_out_dir: {held_out_dir!r} was given, but {real_dir!r} names the held-out files")
+        keys = {}
+    elif held_out_dir:
+        keys[HELD_OUT] = ("held_out_dir", held_out_dir)
+    keys |= {str(name): (f"synthetic_dirs[{str(name)!r}]", folder) for name, folder in synthetic_dirs.items()}
+    for name, (key, folder) in keys.items():
+        if not isinstance(folder, str) or not os.path.isdir(folder):
+            raise BundleError(f"{key}: {folder!r}: there is no such folder; a folder of NIfTI volumes would be right")
+        folders[name] = folder
+    return folders
+
+
+def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
+    """The label map of each image: `x.nii.gz` has x.nii.gz or x_anything.nii.gz below `label_dir`, "" where none is.
+
+    Raises:
+        BundleError: no image has a label map, or an image has two.
+    """
+    if not os.path.isdir(label_dir):
+        raise BundleError(f"label_dirs: {label_dir!r}: there is no such folder; a folder of label maps would be right")
+    maps = [item["image"] for item in find_images(label_dir)]
+    matches = [[m for m in maps if stem(m) == stem(i) or stem(m).startswith(stem(i) + "_")] for i in images]
+    for image, found in zip(images, matches):
+        if len(found) > 1:
+            raise BundleError(f"label_dirs: {image!r} has {len(found)} label maps, {found}; one would be right")
+    if images and not any(matches):
+        raise BundleError(
+            f"label_dirs: none of the {len(maps)} label maps in {label_dir!r} belongs to an image; for "
+            f"{images[0]!r} a name such as {stem(images[0])}_seg.nii.gz would be right"
+        )
+    return [found[0] if found else "" for found in matches]
+
+
+def load_cohort(
+    name: str,
+    files: Sequence[str],
+    transform: Callable,
+    cache_dir: str,
+    label_dir: str | None = None,
+    num_workers: int = 2,
+) -> Cohort:
+    """Preprocess the files of one cohort; each result is kept on the disk, so that a stopped run goes on.
+
+    Args:
+        transform: the training's deterministic transforms, {"image": path} -> {"image": (1, *spatial), "voxel_size"}.
+        cache_dir: folder of the preprocessed volumes.
+        label_dir: folder of label maps, or None.
+        num_workers: threads.
+    """
+    label_maps = matching_label_maps(files, label_dir) if label_dir else None
+    data = VolumeDataset([{"image": f} for f in files], transform, cache="disk", cache_dir=cache_dir).volumes
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        items = list(tqdm(pool.map(data.__getitem__, range(len(data))), f"preprocessing {name}", len(data)))
+    cohort = Cohort(
+        name,
+        list(files),
+        np.stack([item["image"][0].numpy().astype(np.float16) for item in items]),
+        np.stack([np.asarray(item["voxel_size"], np.float32) for item in items]),
+        label_maps,
+    )
+    shapes = Counter(tuple(nib.load(f).shape) for f in files)
+    grid = " x ".join(map(str, cohort.volumes.shape[1:]))
+    if set(shapes) != {cohort.volumes.shape[1:]}:
+        found = ", ".join(f"{' x '.join(map(str, s))} ({n})" for s, n in shapes.most_common(5))
+        cohort.notes.append(f"{name}: files of {found} voxels were cropped and resampled to {grid}.")
+    if label_maps and not all(label_maps):
+        cohort.notes.append(f"{name}: {label_maps.count('')} of {len(files)} volumes have no label map.")
+    return cohort
+
+
+def load_cohorts(
+    real_dir: str,
+    held_out_dir: str | None,
+    synthetic_dirs: Mapping[str, str] | str,
+    transform: Callable,
+    cache_dir: str,
+    label_dirs: Mapping[str, str] | None = None,
+    max_volumes: int | None = None,
+    skip_bad_files: bool = False,
+    num_workers: int = 2,
+) -> Cohorts:
+    """Check every file of every folder, then bring all to one grid by the training's own preprocessing.
+
+    Args:
+        real_dir, held_out_dir, synthetic_dirs: see `named_folders`.
+        transform, cache_dir, num_workers: see `load_cohort`.
+        label_dirs: {cohort name: folder of label maps}, any of the cohorts.
+        max_volumes: only the first so many volumes of each folder (sorted by path); None for all.
+        skip_bad_files: warn of files that cannot be used instead of refusing them.
+
+    Raises:
+        BundleError: what `named_folders` raises; files that cannot be used; a cohort of fewer than two volumes.
+    """
+    folders = named_folders(real_dir, held_out_dir, synthetic_dirs)
+    unknown = sorted(set(label_dirs or {}) - set(folders))
+    if unknown:
+        raise BundleError(f"label_dirs: there is no cohort named {unknown[0]!r}; known are {list(folders)}")
+    files: dict[str, list[str]] = {}
+    for name, folder in folders.items():
+        images = find_images(folder) if isinstance(folder, str) else [{"image": f} for f in folder]
+        good = [item["image"] for item in readable(images[:max_volumes], skip_bad_files, f"{name} volumes")]
+        if len(good) < 2:
+            where = folder if isinstance(folder, str) else real_dir
+            raise BundleError(f"{name} volumes: {where!r} holds {len(good)} usable volumes; at least 2 would be right")
+        files[name] = good
+    cohorts = {
+        name: load_cohort(name, f, transform, cache_dir, (label_dirs or {}).get(name), num_workers)
+        for name, f in files.items()
+    }
+    names = list(cohorts)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if np.array_equal(cohorts[first].volumes, cohorts[second].volumes):
+                note = f"{first} and {second} hold the same volumes, so every distance between them is zero."
+                logger.warning(note)
+                cohorts[second].notes.append(note)
+    return Cohorts(cohorts.pop(REAL), cohorts.pop(HELD_OUT, None), list(cohorts.values()))
