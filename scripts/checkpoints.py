@@ -124,6 +124,17 @@ def load_weights(network: nn.Module, ckpt_path: str, weights: str = "ema", **exp
     network.load_state_dict(state_dict)
 
 
+def begin_with(ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, **expected: Any) -> None:
+    """Let a training begin with the weights of a file instead of random ones (fine-tuning); None changes nothing.
+
+    The file may come from a training of another `spatial_shape`: the network is convolutional. See `load_weights`.
+    """
+    if ckpt_path is not None:
+        load_weights(network, ckpt_path, **expected)
+        ema_network.load_state_dict(network.state_dict())
+        logger.info(f"training begins with the weights of {ckpt_path}")
+
+
 def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
     """Load a `monai-generative` state dict into a `DiffusionModelUNet`, which must be built without the projection
     that such a network never applied."""
@@ -169,12 +180,18 @@ class RampedEMAHandler(EMAHandler):
     def ramp(self, engine: Engine, name: str) -> None:
         setattr(engine.state, name, max(self.momentum, 9 / (8 + engine.state.iteration)))
 
+    @torch.no_grad()
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        """Ignite's update in one call for all tensors: ema += momentum (weights - ema). A U-Net has no buffers."""
+        momentum = getattr(engine.state, name)
+        torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), momentum)
+
 
 class ResumeHandler:
     """Trainer handler, the first of all: at the start, go on from the newest checkpoint or clear the way for a new run.
 
-    A run that starts afresh moves an earlier run's checkpoints to `ckpt_dir`/previous_1 (2, 3, ...) and copies its
-    model.pt there, so that nothing is lost and a later resume cannot mistake one run for the other.
+    A run that starts afresh moves an earlier run's checkpoints to `ckpt_dir`/previous_1 (2, 3, ...) and copies there
+    the model.pt that it will replace: nothing is lost, and a later resume cannot mistake one run for the other.
 
     Args:
         ckpt_dir: where checkpoints are.
@@ -219,7 +236,8 @@ class ResumeHandler:
 
     def set_aside(self) -> None:
         earlier = checkpoints_in(self.ckpt_dir)
-        if not earlier:
+        weights = [path for n in ("model.pt", "model.json") if os.path.exists(path := os.path.join(self.ckpt_dir, n))]
+        if not earlier and not weights:
             return
         number = 1
         while os.path.exists(folder := os.path.join(self.ckpt_dir, f"previous_{number}")):
@@ -227,10 +245,10 @@ class ResumeHandler:
         os.makedirs(folder)
         for path in earlier:
             shutil.move(path, folder)
-        for name in ("model.pt", "model.json"):
-            if os.path.exists(path := os.path.join(self.ckpt_dir, name)):
-                shutil.copy2(path, folder)
-        logger.warning(f"{len(earlier)} checkpoints of an earlier run were moved to {folder} (--resume true goes on)")
+        for path in weights:
+            shutil.copy2(path, folder)
+        what = f"{len(earlier)} checkpoints of an earlier run" if earlier else "weights that were there"
+        logger.warning(f"{what} were moved to {folder}" + (" (--resume true goes on)" if earlier else ""))
 
 
 class CheckpointHandler(IntervalHandler):
@@ -267,3 +285,23 @@ class CheckpointHandler(IntervalHandler):
         write_atomically(os.path.join(self.ckpt_dir, "model.json"), lambda path: Path(path).write_text(description))
         for path in checkpoints_in(self.ckpt_dir)[self.keep :]:
             os.remove(path)
+
+
+def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
+    """Write the weights of a file that `read_state_dict` can read as a plain bfloat16 state dict, half the size.
+
+    What training wrote about them goes beside it: `path` with .json.
+
+    Args:
+        ckpt_path: where they are; `checkpoint_00001000.pt` is described by the model.json of its folder.
+        path: where they go, for example models/model.pt.
+        weights: "ema" or "raw", for a checkpoint of a whole training run.
+    """
+    state_dict = {name: t.to(torch.bfloat16) for name, t in read_state_dict(ckpt_path, weights).items()}
+    found = PATTERN.fullmatch(os.path.basename(ckpt_path))
+    description = described(os.path.join(os.path.dirname(ckpt_path), "model.pt") if found else ckpt_path)
+    if found:
+        description["iteration"] = int(found.group(1))
+    text = json.dumps(description, indent=4) + "\n"
+    write_atomically(path, lambda temporary: torch.save(state_dict, temporary))
+    write_atomically(os.path.splitext(path)[0] + ".json", lambda temporary: Path(temporary).write_text(text))

@@ -20,6 +20,17 @@ def check_positive(**knobs: float) -> None:
             raise BundleError(f"{key}: {value!r} was given; it must be a number above 0")
 
 
+def check_accumulation(accumulation_steps: int, **counts: int) -> None:
+    """Every count of iterations is a multiple of `accumulation_steps`, so that no gradient is cut off or lost."""
+    for key, value in counts.items():
+        if value % accumulation_steps:
+            right = -(-value // accumulation_steps) * accumulation_steps
+            raise BundleError(
+                f"{key}: {value} was given, but gradients are added over accumulation_steps = {accumulation_steps} "
+                f"iterations; a multiple such as {right} would be right"
+            )
+
+
 def switch(**knob: bool | str) -> bool:
     """The truth of one knob, switch(resume=...): the command line gives `--resume false` as the word "false"."""
     ((key, value),) = knob.items()
@@ -111,14 +122,15 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The type that autocast uses, or None for plain float32.
 
     Args:
-        amp: "auto" is bfloat16 on a GPU that has it in hardware, float16 on an older GPU, float32 on a CPU; else one
-            of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
+        amp: "auto" is bfloat16 on a GPU or CPU that has it in hardware, float16 on an older GPU, float32 on an older
+            CPU; else one of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
         device: where the network runs.
     """
     choices = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if amp == "auto":
         if device.type != "cuda":
-            return None
+            hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return torch.bfloat16 if device.type == "cpu" and hardware else None
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if amp not in choices or (amp == "float16" and device.type != "cuda"):
         words = ("auto", "float32", "bfloat16") + (("float16",) if device.type == "cuda" else ())

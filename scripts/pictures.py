@@ -66,6 +66,26 @@ def save_figure(figure: Figure, folder: str, file: str, title: str, caption: str
     return {"file": file, "title": title, "caption": caption}
 
 
+def save_denoising(
+    sampler: Callable[[torch.Tensor], torch.Tensor], noise: torch.Tensor, path: str, num_frames: int = 8
+) -> None:
+    """Write the way from noise to volume as a PNG: a column a moment, a row a plane (sagittal, coronal, axial).
+
+    Args:
+        sampler: a `DiffusionSampler`, for its `trajectory`.
+        noise: standard normal noise of one volume, (1, C, *spatial), on the sampler's device.
+        path: of the picture.
+        num_frames: columns, evenly chosen among the steps; the first is the noise, the last the volume.
+    """
+    volumes = sampler.trajectory(torch.as_tensor(noise).as_subclass(torch.Tensor))
+    chosen = np.unique(np.linspace(0, len(volumes) - 1, num_frames).round().astype(int))
+    strips = [triplanar(volumes[i][0, 0].cpu().numpy()) for i in chosen]
+    columns = [np.concatenate(np.split(s, 3, 1) if s.shape[1] == 3 * s.shape[0] else [s], 0) for s in strips]
+    factor = max(1, -(-96 // noise.shape[-1]))
+    save_png(np.concatenate(columns, 1).repeat(factor, 0).repeat(factor, 1), path, -1, 1)
+    logger.info(f"from noise to volume: {path}")
+
+
 class PreviewHandler(IntervalHandler):
     """Trainer handler: every `interval` iterations and at the end, sample volumes and write them as a PNG.
 

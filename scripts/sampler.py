@@ -159,12 +159,16 @@ class DiffusionSampler(nn.Module):
         return volumes
 
     def predict(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The network's float32 output for x_t (B, C, *spatial) at timesteps (B,)."""
+        """The network's float32 output for x_t (B, C, *spatial) at timesteps (B,).
+
+        On a CPU volume by volume: as fast as a batch, and with the same rounding whatever the batch is.
+        """
         if torch.jit.is_scripting():
             return self.unet(x, timesteps)
         else:
+            size = 1 if x.device.type == "cpu" else len(x)
             with torch.autocast(x.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                return self.unet(x, timesteps).float()
+                return torch.cat([self.unet(*part).float() for part in zip(x.split(size), timesteps.split(size))])
 
     def state_dict(self, *args, **kwargs):
         """The network's own state dict: no prefix, no tables."""

@@ -95,6 +95,40 @@ def test_a_fresh_run_sets_the_earlier_one_aside(tmp_path):
     assert (tmp_path / "previous_1" / "model.pt").read_bytes() == before
 
 
+def test_a_first_run_sets_weights_aside_that_it_will_replace(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"weights that came with the bundle")
+    (tmp_path / "model.json").write_text("{}")
+    setup(tmp_path, iterations=2).run()
+    assert names(tmp_path / "previous_1") == ["model.json", "model.pt"]
+    assert (tmp_path / "previous_1" / "model.pt").read_bytes() == b"weights that came with the bundle"
+
+
+def test_released_weights_are_the_average_in_half_the_bytes(tmp_path, unet):
+    ema = {name: t + 1 for name, t in unet.state_dict().items()}
+    torch.save({"network": unet.state_dict(), "ema": ema}, tmp_path / "checkpoint_00000030.pt")
+    (tmp_path / "model.json").write_text('{"iteration": 40, "prediction_type": "flow"}')
+    checkpoints.release_weights(str(tmp_path / "checkpoint_00000030.pt"), str(tmp_path / "out.pt"))
+    released = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert all(torch.equal(released[name], ema[name].bfloat16()) for name in ema)
+    assert json.loads((tmp_path / "out.json").read_text()) == {"iteration": 30, "prediction_type": "flow"}
+    checkpoints.load_weights(unet, str(tmp_path / "out.pt"), prediction_type="flow")
+    assert next(unet.parameters()).dtype == torch.float32
+
+
+def test_training_begins_with_the_weights_of_a_file(tmp_path, unet):
+    torch.save(unet.state_dict(), tmp_path / "start.pt")
+    network, ema = small_unet(), small_unet()
+    for parameter in (*network.parameters(), *ema.parameters()):
+        parameter.data.zero_()
+    checkpoints.begin_with(None, network, ema)
+    assert all(not p.any() for p in network.parameters())
+    checkpoints.begin_with(str(tmp_path / "start.pt"), network, ema, prediction_type="epsilon")
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor) and torch.equal(ema.state_dict()[name], tensor)
+    with pytest.raises(BundleError, match="ckpt_path: there are no weights at"):
+        checkpoints.begin_with(str(tmp_path / "none.pt"), network, ema)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.pt"
     path.write_text("old")

@@ -89,9 +89,21 @@ def test_another_word_for_a_switch_is_refused(value):
         checks.switch(resume=value)
 
 
+@pytest.mark.parametrize("amx, avx512, expected", [(0, 0, None), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)])
+def test_a_cpu_gets_bfloat16_where_its_hardware_has_it(monkeypatch, amx, avx512, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    assert checks.amp_dtype("auto", torch.device("cpu")) is expected
+
+
+def test_gradients_are_added_over_whole_groups_of_iterations():
+    checks.check_accumulation(4, max_iterations=8, checkpoint_interval=4)
+    with pytest.raises(BundleError, match="checkpoint_interval: 6 .* accumulation_steps = 4 .* such as 8"):
+        checks.check_accumulation(4, max_iterations=8, checkpoint_interval=6)
+
+
 def test_precision_goes_by_the_device():
     cpu = torch.device("cpu")
-    assert checks.amp_dtype("auto", cpu) is None
     assert checks.amp_dtype("float32", cpu) is None
     assert checks.amp_dtype("bfloat16", cpu) is torch.bfloat16
     with pytest.raises(BundleError, match="amp: 'float16' cannot be used on cpu"):

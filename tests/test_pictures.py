@@ -1,9 +1,11 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from matplotlib import image as png
 
 from scripts import nifti, pictures
+from scripts.sampler import DiffusionSampler
 
 
 def test_a_strip_holds_the_three_middle_slices_the_right_way_up():
@@ -45,3 +47,17 @@ def test_a_nifti_file_holds_voxels_affine_codes_and_description(tmp_path, shape)
     assert nib.aff2axcodes(image.affine) == ("R", "A", "S") and image.header.get_xyzt_units()[0] == "mm"
     assert image.header["descrip"].item().decode().startswith("synthetic")
     assert [p.name for p in tmp_path.iterdir()] == ["v.nii.gz"]
+
+
+def test_the_way_from_noise_to_volume_is_a_strip_of_the_asked_number_of_frames(unet, scheduler, tmp_path):
+    sampler = DiffusionSampler(unet, scheduler, 5, "ddim")
+    noise = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "denoising.png"
+    pictures.save_denoising(sampler, noise, str(path), num_frames=4)
+    picture = png.imread(path)[..., 0]
+    enlarged = 96 // 8
+    assert picture.shape == (3 * 96, 4 * 96)
+    first, last = (picture[:, i * 96 : (i + 1) * 96][::enlarged, ::enlarged] for i in (0, 3))
+    for found, volume in ((first, noise), (last, sampler(noise))):
+        wanted = np.concatenate(np.split(pictures.triplanar(volume[0, 0].numpy()), 3, 1))
+        np.testing.assert_allclose(found, np.clip((wanted + 1) / 2, 0, 1), atol=0.01)

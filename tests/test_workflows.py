@@ -167,6 +167,29 @@ def test_the_demonstration_does_not_draw_phantoms_into_a_folder_that_the_user_na
     assert "dataset_dir" in sentence(done) and not (tmp_path / "mine").exists()
 
 
+def test_two_accumulated_half_batches_are_one_batch(cohort, tmp_path):
+    weights = []
+    for name, knobs in {
+        "whole": {"batch_size": 4, "max_iterations": 2, "checkpoint_interval": 2},
+        "halves": {"batch_size": 2, "max_iterations": 4, "checkpoint_interval": 4, "accumulation_steps": 2},
+    }.items():
+        done = train(cohort, tmp_path / name, amp="float32", val_interval=4, preview_interval=4, **knobs)
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / name / "models").glob("checkpoint_*.pt")
+        weights.append(torch.load(path, weights_only=True)["network"])
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=1e-3)
+
+
+def test_checkpointed_and_channels_last_training_is_the_same_training(cohort, tmp_path):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    means = {"activation_checkpointing": "all", "channels_last": "true"}
+    for output, knobs in ((plain, {}), (other, means)):
+        done = train(cohort, output, amp="float32", **knobs)
+        assert done.returncode == 0, done.stderr
+    pairs = [(float(a), float(b)) for (_, a), (_, b) in zip(losses(plain), losses(other), strict=True)]
+    assert len(pairs) == 6 and all(a == pytest.approx(b, rel=1e-3) for a, b in pairs)
+
+
 def test_the_network_is_verified_and_exported_from_the_command_line(trained, tmp_path):
     common = {
         "meta_file": "configs/metadata.json",
@@ -186,7 +209,7 @@ def test_the_network_is_verified_and_exported_from_the_command_line(trained, tmp
     parser = ConfigParser()
     parser.read_config(str(ROOT / "configs/inference.json"))
     knobs = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()}
-    parser.update(knobs | {"num_inference_steps": 2, "solver": "dpmpp_2m"})
+    parser.update(knobs | {"num_inference_steps": 2, "solver": "dpmpp_2m", "amp": "float32"})
     eager = parser.get_parsed_content("network_def")
     load_weights(eager, str(trained / "models/model.pt"))
     for batch in (1, 3):
