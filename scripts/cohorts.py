@@ -152,6 +152,8 @@ def load_cohort(
     cache_dir: str,
     label_dir: str | None = None,
     num_workers: int = 2,
+    spatial_shape: Sequence[int] | None = None,
+    transform_on_grid: Callable | None = None,
 ) -> Cohort:
     """Preprocess the files of one cohort; each result is kept on the disk, so that a stopped run goes on.
 
@@ -160,9 +162,14 @@ def load_cohort(
         cache_dir: folder of the preprocessed volumes.
         label_dir: folder of label maps, or None.
         num_workers: threads.
+        spatial_shape, transform_on_grid: where every file of the cohort has that shape already, these transforms are
+            used instead: cropping and resampling a second time would shrink and blur what a generator made.
     """
     label_maps = matching_label_maps(files, label_dir) if label_dir else None
-    data = VolumeDataset([{"image": f} for f in files], transform, cache="disk", cache_dir=cache_dir).volumes
+    shapes = Counter(tuple(nib.load(f).shape) for f in files)
+    on_grid = transform_on_grid is not None and spatial_shape is not None and set(shapes) == {tuple(spatial_shape)}
+    used = transform_on_grid if on_grid else transform
+    data = VolumeDataset([{"image": f} for f in files], used, cache="disk", cache_dir=cache_dir).volumes
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         items = list(tqdm(pool.map(data.__getitem__, range(len(data))), f"preprocessing {name}", len(data)))
     cohort = Cohort(
@@ -172,9 +179,12 @@ def load_cohort(
         np.stack([np.asarray(item["voxel_size"], np.float32) for item in items]),
         label_maps,
     )
-    shapes = Counter(tuple(nib.load(f).shape) for f in files)
     grid = " x ".join(map(str, cohort.volumes.shape[1:]))
-    if set(shapes) != {cohort.volumes.shape[1:]}:
+    if on_grid:
+        cohort.notes.append(
+            f"{name}: files of {grid} voxels, the size that is compared, were not cropped or resampled."
+        )
+    elif set(shapes) != {cohort.volumes.shape[1:]}:
         found = ", ".join(f"{' x '.join(map(str, s))} ({n})" for s, n in shapes.most_common(5))
         cohort.notes.append(f"{name}: files of {found} voxels were cropped and resampled to {grid}.")
     if label_maps and not all(label_maps):
@@ -192,12 +202,14 @@ def load_cohorts(
     max_volumes: int | None = None,
     skip_bad_files: bool = False,
     num_workers: int = 2,
+    spatial_shape: Sequence[int] | None = None,
+    transform_on_grid: Callable | None = None,
 ) -> Cohorts:
     """Check every file of every folder, then bring all to one grid by the training's own preprocessing.
 
     Args:
         real_dir, held_out_dir, synthetic_dirs: see `named_folders`.
-        transform, cache_dir, num_workers: see `load_cohort`.
+        transform, cache_dir, num_workers, spatial_shape, transform_on_grid: see `load_cohort`.
         label_dirs: {cohort name: folder of label maps}, any of the cohorts.
         max_volumes: only the first so many volumes of each folder (sorted by path); None for all.
         skip_bad_files: warn of files that cannot be used instead of refusing them.
@@ -218,7 +230,9 @@ def load_cohorts(
             raise BundleError(f"{name} volumes: {where!r} holds {len(good)} usable volumes; at least 2 would be right")
         files[name] = good
     cohorts = {
-        name: load_cohort(name, f, transform, cache_dir, (label_dirs or {}).get(name), num_workers)
+        name: load_cohort(
+            name, f, transform, cache_dir, (label_dirs or {}).get(name), num_workers, spatial_shape, transform_on_grid
+        )
         for name, f in files.items()
     }
     names = list(cohorts)

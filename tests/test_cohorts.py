@@ -75,6 +75,20 @@ def test_folders_of_other_shapes_are_resampled_and_said(tmp_path):
     assert "18 x 20 x 16 (2)" in note and "16 x 16 x 16" in note
 
 
+def test_volumes_on_the_grid_are_not_cropped_and_resampled_again(tmp_path):
+    def refuse(item):
+        raise AssertionError("cropped again")
+
+    real, synthetic = folder(tmp_path / "r", [0, 1], (18, 20, 16)), folder(tmp_path / "s", [2, 3])
+    options = {"spatial_shape": [16, 16, 16], "transform_on_grid": Compose([plain])}
+    cohorts = load(tmp_path, real, synthetic, **options)
+    assert "were cropped and resampled" in cohorts.real.notes[0]
+    assert "were not cropped or resampled" in cohorts.synthetic[0].notes[0]
+    np.testing.assert_allclose(cohorts.synthetic[0].volumes[0], blob(2) / 50 - 1, atol=1e-3)
+    named = {"a": synthetic, "b": synthetic}
+    load_cohorts(synthetic, None, named, Compose([refuse]), str(tmp_path / "other"), **options)
+
+
 def test_the_same_folder_twice_is_warned_of(tmp_path, caplog):
     real = folder(tmp_path / "r", [0, 1])
     with caplog.at_level(logging.WARNING):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.transforms import Compose
 
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(p.name for p in (CONFIGS / "presets").glob("*.json"))
@@ -58,17 +59,39 @@ def test_the_papers_settings_are_the_defaults():
     assert train["optimizer"]["_target_"] == "torch.optim.Adam" and train["channels"][0] == 64
 
 
-@pytest.mark.parametrize("preset, million", [(None, 12.8), ("wide_64", 39.0), ("size_128", 40.2)])
+@pytest.mark.parametrize("preset, million", [("size_64", 12.8), ("wide_64", 39.0), ("size_128", 40.2)])
 def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, million):
     parser = ConfigParser()
-    files = [str(CONFIGS / "train.json")] + ([str(CONFIGS / f"presets/{preset}.json")] if preset else [])
-    parser.read_config(files)
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / f"presets/{preset}.json")])
     network = parser.get_parsed_content("network_def")
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == million
     side, levels = parser["spatial_shape"][0], parser["attention_levels"]
     assert [side // 2**i for i, on in enumerate(levels) if on] == [16]
     level = levels.index(True)
     assert parser["num_head_channels"][level] == parser["channels"][level]  # one head
+
+
+def test_the_default_network_is_the_papers_at_half_its_side():
+    train, preset = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "presets/size_64"))
+    assert train["spatial_shape"] == [32, 32, 32] and preset == {"spatial_shape": [64, 64, 64]}
+
+
+def test_few_subjects_are_varied_as_brains_vary(cohort):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "presets/few_subjects.json")])
+    vary = Compose(parser.get_parsed_content("random_transforms"))
+    path, *_ = sorted(cohort.rglob("*.nii.gz"))
+    image = parser.get_parsed_content("train#preprocessing")({"image": str(path)})["image"].float()
+    varied = []
+    for seed in (1, 2, 1):
+        vary.set_random_state(seed=seed)
+        varied.append(torch.as_tensor(vary({"image": image.clone()})["image"]))
+    assert torch.equal(varied[0], varied[2]) and not torch.equal(varied[0], varied[1])
+    for volume in varied:
+        assert volume.shape == image.shape and (volume.min(), volume.max()) == (-1, 1)
+        assert 0.8 < (volume > -1).sum() / (image > -1).sum() < 1.2  # a warp of a few per cent
+        mirrored = max(np.corrcoef(v.ravel(), image[0].ravel())[0, 1] for v in (volume[0], volume[0].flip(0)))
+        assert mirrored > 0.75
 
 
 def test_the_medforj_preset_is_its_network():

@@ -167,6 +167,42 @@ def test_the_demonstration_does_not_draw_phantoms_into_a_folder_that_the_user_na
     assert "dataset_dir" in sentence(done) and not (tmp_path / "mine").exists()
 
 
+def test_the_weights_that_come_with_the_bundle_are_sampled_without_any_argument(tmp_path):
+    weights = torch.load(ROOT / "models/model.pt", weights_only=True)
+    assert all(t.dtype == torch.bfloat16 for t in weights.values())
+    assert (ROOT / "models/model.pt").stat().st_size <= 25 * 2**20
+    done = run_bundle("run", config_file="configs/inference.json", output_dir=tmp_path, num_samples=1)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.nii.gz")
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj)
+    described = json.loads((ROOT / "models/model.json").read_text())
+    np.testing.assert_allclose(image.header.get_zooms(), described["voxel_size"], rtol=1e-4)
+    assert list(voxels.shape) == described["spatial_shape"]
+    edge = np.ones(voxels.shape, bool)
+    edge[2:-2, 2:-2, 2:-2] = False
+    assert 0.1 < (voxels > 20).mean() < 0.6 and (voxels[edge] > 20).mean() < 0.1  # a head in a dark background
+
+
+def test_the_way_from_noise_to_volume_is_drawn(trained, tmp_path):
+    knobs = {"config_file": "configs/inference.json", "ckpt_path": trained / "models/model.pt", "output_dir": tmp_path}
+    done = run_bundle("run", "denoising", **TINY_NETWORK | knobs)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "denoising.png").stat().st_size > 1000 and not list(tmp_path.glob("*.nii.gz"))
+
+
+def test_weights_are_exported_in_half_the_bytes_and_begin_another_training(trained, cohort, tmp_path):
+    knobs = {"config_file": "configs/export.json", "ckpt_path": trained / "models/checkpoint_00000004.pt"}
+    done = run_bundle("run", **knobs, path=tmp_path / "half.pt")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "half.json").read_text())["iteration"] == 4
+    done = train(cohort, tmp_path / "tuned", init_ckpt=tmp_path / "half.pt", learning_rate=1e-9)
+    assert done.returncode == 0, done.stderr
+    tuned = torch.load(tmp_path / "tuned/models/model.pt", weights_only=True)
+    half = torch.load(tmp_path / "half.pt", weights_only=True)
+    assert all(torch.allclose(tuned[name], half[name].float(), atol=1e-5) for name in half)
+
+
 def test_two_accumulated_half_batches_are_one_batch(cohort, tmp_path):
     weights = []
     for name, knobs in {
