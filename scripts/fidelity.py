@@ -32,13 +32,17 @@ class Extractor(Protocol):
     distances: tuple[str, str]
     settings: dict[str, Any]
 
-    def check(self, spatial_dims: int) -> None: ...
+    def check(self, spatial_dims: int) -> None:
+        """Raise BundleError for a weights file that cannot be used."""
 
-    def planes(self, spatial_dims: int) -> tuple[str, ...]: ...
+    def planes(self, spatial_dims: int) -> tuple[str, ...]:
+        """Names of the planes whose slices are compared one by one; ("",) where whole images are."""
 
-    def fit(self, real: np.ndarray) -> None: ...
+    def fit(self, real: np.ndarray) -> None:
+        """Learn from the real volumes (N, *spatial) what it needs, if anything."""
 
-    def __call__(self, volumes: np.ndarray, progress: str = "") -> np.ndarray: ...
+    def __call__(self, volumes: np.ndarray, progress: str = "") -> np.ndarray:
+        """Features of volumes (N, *spatial) in [-1, 1]."""
 
 
 def frechet_distances(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None, progress: str = "") -> np.ndarray:
