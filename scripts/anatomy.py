@@ -22,7 +22,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import switch
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
-from scripts.pictures import save_figure, triplanar
+from scripts.pictures import draw_box, save_figure, triplanar
 from scripts.tissue import TISSUES, classify, tissue_map
 
 # The labels of SynthSeg, numbered as in FreeSurfer's FreeSurferColorLUT.txt.
@@ -511,21 +511,7 @@ def _draw_distributions(parts: dict[str, dict], colours: dict[str, str], order: 
             values = np.array(part["values"])[:, k]
             jitter = place + rng.uniform(-0.25, 0.25, len(values))
             panel.plot(jitter, values, ".", color=colours[name], markersize=3, alpha=0.4, zorder=1)
-            line = {"color": colours[name]}
-            marker = {"marker": "D", "markerfacecolor": "white", "markeredgecolor": colours[name], "markersize": 4}
-            panel.boxplot(
-                values,
-                positions=[place],
-                widths=0.6,
-                showfliers=False,
-                showmeans=True,
-                medianprops=line,
-                boxprops=line,
-                whiskerprops=line,
-                capprops=line,
-                meanprops=marker,
-                zorder=2,
-            )
+            draw_box(panel, place, values, colours[name], 4)
         panel.set_title(names[k] if across <= 3 else fill(names[k], 18), fontsize=10 if across <= 3 else 8)
         panel.set_xticks([])
         panel.set_xlim(-0.6, len(parts) - 0.4)

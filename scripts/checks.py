@@ -118,6 +118,11 @@ def check_sampling(
         )
 
 
+def resolved_device(device: str | torch.device | None) -> torch.device:
+    """The device that a knob names; None is the GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The type that autocast uses, or None for plain float32.
 

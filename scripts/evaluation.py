@@ -84,9 +84,12 @@ def kept(path: str, key: str) -> dict | None:
         return None
 
 
-def measured(measure: Measure, cohorts: Cohorts, folder: str) -> dict[str, dict]:
-    """{cohort name: result}; results that are in `folder` already, of the same input, are taken from there."""
-    marks = {cohort.name: fingerprint(cohort) for cohort in cohorts}
+def measured(measure: Measure, cohorts: Cohorts, marks: dict[str, str], folder: str) -> dict[str, dict]:
+    """{cohort name: result}; results that are in `folder` already, of the same input, are taken from there.
+
+    Args:
+        marks: {cohort name: its fingerprint}.
+    """
     reference = [marks[cohorts.real.name], marks.get(cohorts.held_out.name) if cohorts.held_out is not None else None]
     results = {}
     for cohort in cohorts:
@@ -151,8 +154,9 @@ def evaluate(
         "measures": [],
     }
     table: dict[str, dict[str, Any]] = {c.name: {"model": c.name, "volumes": len(c)} for c in cohorts}
+    marks = {cohort.name: fingerprint(cohort) for cohort in cohorts}
     for measure in measures:
-        results = measured(measure, cohorts, parts)
+        results = measured(measure, cohorts, marks, parts)
         for name, result in results.items():
             for row in result["rows"]:
                 metric = row["metric"]

@@ -24,7 +24,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 from tqdm import tqdm
 
-from scripts.checks import check_positive
+from scripts.checks import check_positive, resolved_device
 from scripts.errors import BundleError
 
 DOWNLOAD = "download"
@@ -46,11 +46,6 @@ def batches(volumes: np.ndarray, size: int, progress: str, device: torch.device)
     """(N, *spatial) -> float32 batches (B, 1, *spatial) on the device, under a progress bar."""
     for start in tqdm(range(0, len(volumes), size), progress, disable=not progress):
         yield torch.from_numpy(volumes[start : start + size].astype(np.float32))[:, None].to(device)
-
-
-def resolved_device(device: str | torch.device | None) -> torch.device:
-    """The device that a knob names; None is the GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def file_mark(path: str) -> str:

@@ -37,7 +37,7 @@ from matplotlib.patches import StepPatch
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import check_positive
+from scripts.checks import check_positive, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.pictures import save_figure, triplanar
@@ -245,7 +245,7 @@ class Memorisation:
             raise BundleError(f"duplicate: {duplicate!r} was given; it is a correlation and must be 1 or less")
         self.measure, self.candidates, self.duplicate = similarity, candidates, duplicate
         self.neighbours, self.num_worst, self.num_resamples, self.seed = neighbours, num_worst, num_resamples, seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = resolved_device(device)
         self.memory = memory
         self.kinds = ("correlation",) if similarity is None else ("correlation", "ms_ssim")
         self._cohorts: Cohorts | None = None

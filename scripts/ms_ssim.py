@@ -39,10 +39,10 @@ from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import check_positive
+from scripts.checks import check_positive, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
-from scripts.pictures import save_figure
+from scripts.pictures import draw_box, save_figure
 
 PROTOCOLS = ("kwon2019", "wang2003", "monai")
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # table 1 of [3]
@@ -394,7 +394,7 @@ class Diversity:
             raise BundleError(f"seed: {seed!r} was given; it must be a whole number, 0 or more")
         check_positive(memory=memory)
         self.protocols, self.num_pairs, self.seed = list(protocols), num_pairs, seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = resolved_device(device)
         self.batch_size, self.memory = batch_size, memory
 
     @property
@@ -464,19 +464,7 @@ class Diversity:
                 values = np.array(results[name]["data"][protocol])
                 jitter = rng.uniform(-0.3, 0.3, len(values))
                 panel.plot(place + jitter, values, ".", color=colours[name], markersize=2, alpha=0.35, zorder=1)
-                panel.boxplot(
-                    values,
-                    positions=[place],
-                    widths=0.6,
-                    showfliers=False,
-                    showmeans=True,
-                    medianprops={"color": colours[name]},
-                    boxprops={"color": colours[name]},
-                    whiskerprops={"color": colours[name]},
-                    capprops={"color": colours[name]},
-                    meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": colours[name]},
-                    zorder=2,
-                )
+                draw_box(panel, place, values, colours[name], 6)
             if protocol == "kwon2019":
                 for (source, value), style in zip(PAPER.items(), ("--", ":")):
                     panel.axhline(value, color="0.3", linestyle=style, linewidth=1, label=f"{source} {value}", zorder=0)

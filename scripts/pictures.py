@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from matplotlib import image as png
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -57,6 +58,24 @@ def save_png(picture: np.ndarray, path: str, low: float, high: float) -> None:
     """Write a grey picture (rows, columns); `low` is black and `high` white. The file appears whole or not at all."""
     write_atomically(
         path, lambda temporary: png.imsave(temporary, picture, cmap="gray", vmin=low, vmax=high, format="png")
+    )
+
+
+def draw_box(axes: Axes, place: float, values: np.ndarray, colour: str, mean_size: float) -> None:
+    """A box of quartiles with whiskers at `place` on the x axis, without outliers; the mean is a white diamond."""
+    line = {"color": colour}
+    axes.boxplot(
+        values,
+        positions=[place],
+        widths=0.6,
+        showfliers=False,
+        showmeans=True,
+        medianprops=line,
+        boxprops=line,
+        whiskerprops=line,
+        capprops=line,
+        meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": colour, "markersize": mean_size},
+        zorder=2,
     )
 
 
