@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
@@ -39,6 +38,8 @@ def load_file(path: str, device: torch.device | str = "cpu") -> dict:
     """
     try:
         if path.endswith(".safetensors"):
+            import safetensors.torch  # here, since MONAI Label does not install it
+
             return safetensors.torch.load_file(path, device=str(device))
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch.load has many ways to fail on a damaged file
@@ -152,13 +153,19 @@ def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
         ) from e
 
 
-def described(ckpt_path: str) -> dict:
-    """What training wrote about its weights beside them (model.pt -> model.json); empty where there is no such file."""
-    path = os.path.splitext(ckpt_path)[0] + ".json"
+def described(ckpt_path: str | None) -> dict:
+    """What training wrote about its weights beside them; empty where there is no such file, or no weights (None).
+
+    model.pt is described by model.json, and so are the checkpoints of the same training, checkpoint_00001000.pt.
+    """
+    folder, name = os.path.split(ckpt_path or "")
+    found = PATTERN.fullmatch(name)
+    path = os.path.join(folder, "model.json" if found else os.path.splitext(name)[0] + ".json")
     if not os.path.isfile(path):
         return {}
     with open(path) as file:
-        return json.load(file)
+        description = json.load(file)
+    return description | {"iteration": int(found.group(1))} if found else description
 
 
 class RampedEMAHandler(EMAHandler):
@@ -188,7 +195,7 @@ class RampedEMAHandler(EMAHandler):
 
 
 class ResumeHandler:
-    """Trainer handler, the first of all: at the start, go on from the newest checkpoint or clear the way for a new run.
+    """Trainer handler: at the start, go on from the newest checkpoint or clear the way for a new run.
 
     A run that starts afresh moves an earlier run's checkpoints to `ckpt_dir`/previous_1 (2, 3, ...) and copies there
     the model.pt that it will replace: nothing is lost, and a later resume cannot mistake one run for the other.
@@ -293,15 +300,21 @@ def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
     What training wrote about them goes beside it: `path` with .json.
 
     Args:
-        ckpt_path: where they are; `checkpoint_00001000.pt` is described by the model.json of its folder.
-        path: where they go, for example models/model.pt.
+        ckpt_path: where they are.
+        path: where they go, for example models/model.pt, or model.safetensors for a file of that kind.
         weights: "ema" or "raw", for a checkpoint of a whole training run.
     """
     state_dict = {name: t.to(torch.bfloat16) for name, t in read_state_dict(ckpt_path, weights).items()}
-    found = PATTERN.fullmatch(os.path.basename(ckpt_path))
-    description = described(os.path.join(os.path.dirname(ckpt_path), "model.pt") if found else ckpt_path)
-    if found:
-        description["iteration"] = int(found.group(1))
-    text = json.dumps(description, indent=4) + "\n"
-    write_atomically(path, lambda temporary: torch.save(state_dict, temporary))
+    text = json.dumps(described(ckpt_path), indent=4) + "\n"
+
+    def write(temporary: str) -> None:
+        if path.endswith(".safetensors"):
+            import safetensors.torch  # here, as in `load_file`
+
+            contiguous = {name: t.contiguous() for name, t in state_dict.items()}
+            Path(temporary).write_bytes(safetensors.torch.save(contiguous))
+        else:
+            torch.save(state_dict, temporary)
+
+    write_atomically(path, write)
     write_atomically(os.path.splitext(path)[0] + ".json", lambda temporary: Path(temporary).write_text(text))

@@ -123,7 +123,7 @@ def resolved_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+def amp_dtype(amp: str, device: str | torch.device) -> torch.dtype | None:
     """The type that autocast uses, or None for plain float32.
 
     Args:
@@ -131,6 +131,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
             CPU; else one of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
         device: where the network runs.
     """
+    device = torch.device(device)
     choices = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if amp == "auto":
         if device.type != "cuda":

@@ -171,15 +171,16 @@ def split_by_subject(
     return sides
 
 
-def require(dataset_dir: str, training: Sequence, validation: Sequence) -> None:
-    """Raises BundleError where there is nothing to train on or nothing held out."""
-    if training and validation:
+def require(dataset_dir: str, training: Sequence) -> None:
+    """Raises BundleError where there is nothing to train on.
+
+    Nothing held out is no error: `split_by_subject` holds out a subject at least, MONAI Label does so only on request.
+    """
+    if training:
         return
-    if not os.path.isdir(dataset_dir):
-        found = "there is no such folder"
-    else:
-        found = f"it holds {len(training)} usable images for training and {len(validation)} held out"
+    found = "it holds no usable images" if os.path.isdir(dataset_dir) else "there is no such folder"
     raise BundleError(
         f"dataset_dir: {str(dataset_dir)!r}: {found}; a folder with at least two brain-extracted NIfTI volumes "
-        "(.nii or .nii.gz) would be right, or no folder at all and configs/presets/demo.json"
+        "(.nii or .nii.gz) would be right, in MONAI Label images with a final label, or no folder at all and "
+        "configs/presets/demo.json"
     )

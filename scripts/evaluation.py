@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ignite.engine import Engine, Events, State
+
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.files import write_atomically
@@ -84,29 +86,9 @@ def kept(path: str, key: str) -> dict | None:
         return None
 
 
-def measured(measure: Measure, cohorts: Cohorts, marks: dict[str, str], folder: str) -> dict[str, dict]:
-    """{cohort name: result}; results that are in `folder` already, of the same input, are taken from there.
-
-    Args:
-        marks: {cohort name: its fingerprint}.
-    """
-    reference = [marks[cohorts.real.name], marks.get(cohorts.held_out.name) if cohorts.held_out is not None else None]
-    results = {}
-    for cohort in cohorts:
-        slug = re.sub(r"[^A-Za-z0-9-]+", "_", cohort.name)
-        mark = marks[cohort.name]
-        path = os.path.join(folder, f"{measure.name}_{slug}_{mark[:8]}.json")
-        key = json.dumps([measure.name, measure.settings, cohort.name, mark, reference], sort_keys=True)
-        if (result := kept(path, key)) is None:
-            logger.info(f"{measure.title}: {cohort.name} ({len(cohort)} volumes)")
-            start = time.monotonic()
-            result = measure(cohort, cohorts)
-            write_json({"key": key, "seconds": round(time.monotonic() - start, 1), "result": result}, path)
-            result = kept(path, key)  # as a later run will see it
-        else:
-            logger.info(f"{measure.title}: {cohort.name}: taken from {path}")
-        results[cohort.name] = result
-    return results
+def slug(name: str) -> str:
+    """The name as file names and experiment trackers take it."""
+    return re.sub(r"[^A-Za-z0-9-]+", "_", name)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: str) -> None:
@@ -122,55 +104,93 @@ def write_csv(rows: Sequence[dict[str, Any]], path: str) -> None:
     write_atomically(path, write)
 
 
-def evaluate(
-    cohorts: Cohorts, measures: Sequence[Measure], output_dir: str, settings: dict[str, Any] | None = None
-) -> dict[str, Any]:
+class CohortEvaluator(Engine):
     """Compare the synthetic cohorts, and the held-out one, with the real one by every measure.
 
-    Writes `metrics.json` (everything, with settings, files and notes), `metrics.csv` (a row a cohort), the figures in
-    `figures/` and, as they come, single results in `parts/`: a run that was stopped goes on where it was.
+    An Ignite engine: an iteration is one measure of one cohort. `run()` writes `metrics.json` (everything, with
+    settings, files and notes), `metrics.csv` (a row a cohort), the figures in `figures/` and, as they come, single
+    results in `parts/`: a run that was stopped goes on where it was. Handlers of EPOCH_COMPLETED find what metrics.json
+    holds in `state.evaluation`, and {"<cohort>/<metric>": value} in `state.metrics`.
 
     Args:
         settings: what the user chose, for the record.
-
-    Returns:
-        what metrics.json holds; the report is made from it.
+        val_handlers: attached as MONAI's evaluators attach theirs.
 
     Raises:
         BundleError: two measures of one name, or what a measure's `check` finds.
     """
-    names = [measure.name for measure in measures]
-    if len(set(names)) < len(names):
-        raise BundleError(f"measures: the names {names} are not different; each measure once would be right")
-    for measure in measures:
-        measure.check(cohorts)
-    parts, figures = (os.path.join(output_dir, folder) for folder in ("parts", "figures"))
-    for folder in (parts, figures):
-        os.makedirs(folder, exist_ok=True)
-    evaluation: dict[str, Any] = {
-        "settings": settings or {},
-        "shape": list(cohorts.real.volumes.shape[1:]),
-        "cohorts": {cohort.name: {"files": cohort.files, "notes": cohort.notes} for cohort in cohorts},
-        "measures": [],
-    }
-    table: dict[str, dict[str, Any]] = {c.name: {"model": c.name, "volumes": len(c)} for c in cohorts}
-    marks = {cohort.name: fingerprint(cohort) for cohort in cohorts}
-    for measure in measures:
-        results = measured(measure, cohorts, marks, parts)
-        for name, result in results.items():
-            for row in result["rows"]:
-                metric = row["metric"]
-                table[name] |= {metric: row["value"], f"{metric}_low": row["low"], f"{metric}_high": row["high"]}
-        evaluation["measures"].append(
-            {
-                "name": measure.name,
-                "title": measure.title,
-                "settings": measure.settings,
-                "rows": {name: result["rows"] for name, result in results.items()},
-                "notes": list(dict.fromkeys(note for result in results.values() for note in result["notes"])),
-                "figures": measure.draw(results, cohorts, figures),
-            }
-        )
-    write_csv(list(table.values()), os.path.join(output_dir, "metrics.csv"))
-    write_json(evaluation, os.path.join(output_dir, "metrics.json"))
-    return without_nan(evaluation)
+
+    def __init__(
+        self,
+        cohorts: Cohorts,
+        measures: Sequence[Measure],
+        output_dir: str,
+        settings: dict[str, Any] | None = None,
+        val_handlers: Sequence[Any] = (),
+    ) -> None:
+        names = [measure.name for measure in measures]
+        if len(set(names)) < len(names):
+            raise BundleError(f"measures: the names {names} are not different; each measure once would be right")
+        for measure in measures:
+            measure.check(cohorts)
+        super().__init__(self.part)
+        self.cohorts, self.measures, self.output_dir, self.settings = cohorts, measures, output_dir, settings or {}
+        self.add_event_handler(Events.EPOCH_COMPLETED, self.gather)  # before the handlers, which use what it gathers
+        for handler in val_handlers:
+            handler.attach(self)
+
+    def run(self) -> State:
+        for folder in ("parts", "figures"):
+            os.makedirs(os.path.join(self.output_dir, folder), exist_ok=True)
+        self.marks = {cohort.name: fingerprint(cohort) for cohort in self.cohorts}
+        self.results: dict[str, dict[str, dict]] = {measure.name: {} for measure in self.measures}
+        return super().run([(measure, cohort) for measure in self.measures for cohort in self.cohorts], max_epochs=1)
+
+    def part(self, engine: Engine, batch: tuple[Measure, Cohort]) -> None:
+        """One measure of one cohort; what is in `parts/` already, of the same input, is taken from there."""
+        measure, cohort = batch
+        held_out = self.cohorts.held_out
+        reference = [self.marks[self.cohorts.real.name], self.marks[held_out.name] if held_out is not None else None]
+        mark = self.marks[cohort.name]
+        path = os.path.join(self.output_dir, "parts", f"{measure.name}_{slug(cohort.name)}_{mark[:8]}.json")
+        key = json.dumps([measure.name, measure.settings, cohort.name, mark, reference], sort_keys=True)
+        if (result := kept(path, key)) is None:
+            logger.info(f"{measure.title}: {cohort.name} ({len(cohort)} volumes)")
+            start = time.monotonic()
+            result = measure(cohort, self.cohorts)
+            write_json({"key": key, "seconds": round(time.monotonic() - start, 1), "result": result}, path)
+            result = kept(path, key)  # as a later run will see it
+        else:
+            logger.info(f"{measure.title}: {cohort.name}: taken from {path}")
+        self.results[measure.name][cohort.name] = result
+
+    def gather(self) -> None:
+        """Draw the figures, write metrics.csv and metrics.json, fill `state.evaluation` and `state.metrics`."""
+        evaluation: dict[str, Any] = {
+            "settings": self.settings,
+            "shape": list(self.cohorts.real.volumes.shape[1:]),
+            "cohorts": {cohort.name: {"files": cohort.files, "notes": cohort.notes} for cohort in self.cohorts},
+            "measures": [],
+        }
+        table: dict[str, dict[str, Any]] = {c.name: {"model": c.name, "volumes": len(c)} for c in self.cohorts}
+        for measure in self.measures:
+            results = self.results[measure.name]
+            for name, result in results.items():
+                for row in result["rows"]:
+                    metric, value = row["metric"], row["value"]
+                    table[name] |= {metric: value, f"{metric}_low": row["low"], f"{metric}_high": row["high"]}
+                    if value is not None:
+                        self.state.metrics[f"{slug(name)}/{slug(metric)}"] = value
+            evaluation["measures"].append(
+                {
+                    "name": measure.name,
+                    "title": measure.title,
+                    "settings": measure.settings,
+                    "rows": {name: result["rows"] for name, result in results.items()},
+                    "notes": list(dict.fromkeys(note for result in results.values() for note in result["notes"])),
+                    "figures": measure.draw(results, self.cohorts, os.path.join(self.output_dir, "figures")),
+                }
+            )
+        write_csv(list(table.values()), os.path.join(self.output_dir, "metrics.csv"))
+        write_json(evaluation, os.path.join(self.output_dir, "metrics.json"))
+        self.state.evaluation = without_nan(evaluation)

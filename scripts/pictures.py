@@ -9,14 +9,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from matplotlib import image as png
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from monai.utils import optional_import
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.files import write_atomically
 from scripts.intervals import IntervalHandler
 
+# optional: other programs build the handlers of a config to look at it, and few of them have matplotlib
+png, _ = optional_import("matplotlib.image")
+Axes, _ = optional_import("matplotlib.axes", name="Axes")
+Figure, _ = optional_import("matplotlib.figure", name="Figure")
 logger = logging.getLogger(__name__)
 
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from matplotlib.figure import Figure
 from monai.engines import IterationEvents
-from monai.utils import CommonKeys
+from monai.utils import CommonKeys, optional_import
 from tqdm import tqdm
 
 from scripts.errors import BundleError
 from scripts.files import write_atomically
 
+Figure, _ = optional_import("matplotlib.figure", name="Figure")  # as in scripts.pictures
 STATISTICS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
 
 
@@ -96,7 +96,7 @@ def plot_losses(training: CsvRecord, validation: CsvRecord, path: str) -> None:
 class TrainingRecord:
     """Trainer handler: a bar with loss, speed and time left; a row of loss.csv each iteration; the loss curve.
 
-    It also ends the run after `max_iterations`. Expects `engine.state.output["loss"]`.
+    It also ends the run after `max_iterations`. Expects `engine.state.output` as a list of {"loss": float}.
 
     Args:
         losses: record with the columns "epoch" and "loss", written here.
@@ -131,7 +131,7 @@ class TrainingRecord:
             engine.terminate()
 
     def __call__(self, engine: Engine) -> None:
-        loss = engine.state.output[CommonKeys.LOSS].item()
+        loss = engine.state.output[0][CommonKeys.LOSS]  # the batch's, beside each of its volumes
         self.losses.add(engine.state.iteration, engine.state.epoch, repr(loss))
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update()

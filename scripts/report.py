@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from ignite.engine import Engine, Events
 
 from scripts.files import write_atomically
 
@@ -77,7 +78,7 @@ def summary(measure: dict[str, Any], synthetic: list[str]) -> list[dict[str, Any
 
 
 def write_report(evaluation: dict[str, Any], output_dir: str) -> str:
-    """Write `report.html` from what `scripts.evaluation.evaluate` returned and the figures that it drew.
+    """Write `report.html` from what `scripts.evaluation.CohortEvaluator` gathered and the figures that it drew.
 
     Returns:
         its path.
@@ -115,3 +116,20 @@ def write_report(evaluation: dict[str, Any], output_dir: str) -> str:
     write_atomically(path, lambda temporary: Path(temporary).write_text(page))
     logger.info(f"report: {path}")
     return path
+
+
+class ReportHandler:
+    """Handler of a `scripts.evaluation.CohortEvaluator` that ends it with `write_report`.
+
+    Args:
+        output_dir: of the evaluator.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        write_report(engine.state.evaluation, self.output_dir)

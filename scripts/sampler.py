@@ -7,6 +7,7 @@ float64 from the levels that are really visited; after the last timestep comes t
 from __future__ import annotations
 
 import copy
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -14,13 +15,14 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.nets import diffusion_model_unet
 from monai.networks.schedulers import Scheduler
-from monai.utils import convert_to_dst_type
+from monai.utils import convert_to_dst_type, optional_import
 from torch import nn
-from tqdm import tqdm
 
 from scripts.diffusion import check_prediction_type, levels_at, sample_coefficients, training_timesteps
 from scripts.errors import BundleError
 from scripts.solvers import SOLVERS, visited
+
+tqdm, has_tqdm = optional_import("tqdm", name="tqdm")  # an environment made for MONAI Deploy may lack it
 
 
 def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int) -> None:
@@ -82,6 +84,18 @@ class DiffusionSampler(nn.Module):
         super().__init__()
         check_solver(solver, num_inference_steps, scheduler.num_train_timesteps)
         check_prediction_type(prediction_type)
+        self.with_steps = partial(
+            DiffusionSampler,
+            scheduler=scheduler,
+            solver=solver,
+            prediction_type=prediction_type,
+            timestep_spacing=timestep_spacing,
+            sigma_max=sigma_max,
+            eta=eta,
+            clip_sample=clip_sample,
+            amp_dtype=amp_dtype,
+            progress=progress,
+        )
         self.unet = unet
         self.clip_sample = clip_sample
         self.amp_dtype = amp_dtype
@@ -98,19 +112,28 @@ class DiffusionSampler(nn.Module):
         self.register_buffer("timesteps", timesteps.float()[chosen], persistent=False)
         self.register_buffer("table", table.float(), persistent=False)
 
-    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+    def forward(self, noise: torch.Tensor, num_inference_steps: int | None = None) -> torch.Tensor:
         """Standard normal noise (B, C, *spatial) -> volumes of the same shape, in [-1, 1] where `clip_sample`.
 
         Each volume's later noise comes from a generator of its own, which is derived from its first noise: a volume is
         the same whatever else is in the batch.
+
+        Args:
+            noise: where every volume begins.
+            num_inference_steps: of this call, where a client asks for another number than the sampler was made for.
+                Not used when scripted: an archive has the steps that it was made with.
         """
         with torch.no_grad():
             x = noise
             if torch.jit.is_scripting():
                 steps = range(self.timesteps.shape[0])
             else:
+                if num_inference_steps not in (None, len(self.timesteps)):
+                    return self.with_steps(self.unet, num_inference_steps=num_inference_steps).to(x.device)(x)
                 x = x.as_subclass(torch.Tensor)  # a MetaTensor would copy its metadata at every operation
-                steps = tqdm(range(len(self.timesteps)), "denoising", leave=False, disable=not self.progress)
+                steps = range(len(self.timesteps))
+                if self.progress and has_tqdm:
+                    steps = tqdm(steps, "denoising", leave=False)
             generators = self.generators(x)
             x0 = torch.zeros_like(x)
             for i in steps:
@@ -135,7 +158,7 @@ class DiffusionSampler(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
         c = self.table[i]
-        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].expand(x.shape[0]))
+        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]))
         if self.clip_sample:
             x0 = x0.clamp(-1.0, 1.0)
         x = c[2] * x + c[3] * x0 + c[4] * previous_x0
@@ -175,8 +198,11 @@ class DiffusionSampler(nn.Module):
         return self.unet.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load the network's own state dict."""
-        return self.unet.load_state_dict(state_dict, strict=strict, assign=assign)
+        """Load the network's own state dict, or the average in a checkpoint of a whole training run.
+
+        MONAI Label hands over what any file in models/ holds, and is not strict: it would go on with random weights.
+        """
+        return self.unet.load_state_dict(state_dict.get("ema", state_dict), strict=strict, assign=assign)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by `torch.jit.script`: a copy of this module with the network replaced by its trace.

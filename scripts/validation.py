@@ -22,14 +22,17 @@ QUARTERS = 4
 class TimestepLoss:
     """Evaluator handler: metrics "loss" and "loss_quarter_1" (least noise) to "loss_quarter_4" (most noise).
 
+    Their full names, as loggers and experiment trackers show them, are "validation_<weights>/loss" and so on.
+
     A sample belongs to quarter (draw mod 4) + 1, which is how `SeededPrepareBatch(num_strata=4)` draws timesteps.
 
     Args:
         loss_function: (prediction, target) -> mean loss, the one of the training.
+        weights: "raw" or "ema": whose loss it is.
     """
 
-    def __init__(self, loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        self.loss_function = loss_function
+    def __init__(self, loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weights: str) -> None:
+        self.loss_function, self.weights = loss_function, weights
         self.losses: list[list[torch.Tensor]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -48,10 +51,10 @@ class TimestepLoss:
             self.losses[int(draw) % QUARTERS].append(self.loss_function(prediction[None], wanted[None]))
 
     def finish(self, engine: Engine) -> None:
-        metrics = engine.state.metrics
+        name, metrics = f"validation_{self.weights}/loss", engine.state.metrics
+        metrics[name] = float(torch.stack([loss for losses in self.losses for loss in losses]).mean())
         for i, losses in enumerate(self.losses, 1):
-            metrics[f"loss_quarter_{i}"] = float(torch.stack(losses).mean())
-        metrics["loss"] = float(torch.stack([loss for losses in self.losses for loss in losses]).mean())
+            metrics[f"{name}_quarter_{i}"] = float(torch.stack(losses).mean())
 
 
 class ValidationHandler(IntervalHandler):
@@ -72,12 +75,11 @@ class ValidationHandler(IntervalHandler):
         self.validator, self.weights, self.record, self.summary_writer = validator, weights, record, summary_writer
 
     def __call__(self, engine: Engine) -> None:
-        self.validator.run(engine.state.epoch)
-        metrics = self.validator.state.metrics
-        names = ["loss", *(f"loss_quarter_{i + 1}" for i in range(QUARTERS))]
-        self.record.add(engine.state.iteration, self.weights, *(f"{metrics[name]:.6f}" for name in names))
-        for name in names:
-            self.summary_writer.add_scalar(f"validation_{self.weights}/{name}", metrics[name], engine.state.iteration)
-        logger.info(
-            f"iteration {engine.state.iteration}: held-out loss {metrics['loss']:.5f} with {self.weights} weights"
-        )
+        iteration = engine.state.iteration
+        self.validator.run(iteration)  # what MONAI calls the epoch is the step at which trackers put the metrics
+        loss = f"validation_{self.weights}/loss"
+        metrics = {n: self.validator.state.metrics[n] for n in (loss, *(f"{loss}_quarter_{i}" for i in (1, 2, 3, 4)))}
+        self.record.add(iteration, self.weights, *(f"{value:.6f}" for value in metrics.values()))
+        for name, value in metrics.items():
+            self.summary_writer.add_scalar(name, value, iteration)
+        logger.info(f"iteration {iteration}: held-out loss {metrics[loss]:.5f} with {self.weights} weights")

@@ -16,6 +16,7 @@ from monai.networks.schedulers import DDPMScheduler
 from scripts.phantoms import phantom_cohort
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the tests run in several processes, a core each
 TINY_NETWORK = {
     "spatial_shape": "[16,16,16]",
     "channels": "[8,8]",

@@ -10,7 +10,7 @@ import pytest
 
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
-from scripts.evaluation import evaluate
+from scripts.evaluation import CohortEvaluator
 from scripts.pictures import save_png
 from scripts.report import number, summary, write_report
 
@@ -25,6 +25,10 @@ def cohorts():
     gan = cohort("<gan> & co", 0.75)
     gan.notes.append("Made by <b>hand</b>.")
     return Cohorts(cohort("real", 0.0), cohort("held-out", 0.125), [cohort("ours", 0.25), gan])
+
+
+def evaluate(cohorts, measures, output_dir, settings=None):
+    return CohortEvaluator(cohorts, measures, output_dir, settings).run().evaluation
 
 
 class Level:

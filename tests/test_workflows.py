@@ -184,6 +184,14 @@ def test_the_weights_that_come_with_the_bundle_are_sampled_without_any_argument(
     assert 0.1 < (voxels > 20).mean() < 0.6 and (voxels[edge] > 20).mean() < 0.1  # a head in a dark background
 
 
+def test_a_checkpoint_is_sampled_as_the_weights_of_its_training_are(trained, tmp_path):
+    done = sample(trained / "models/checkpoint_00000004.pt", tmp_path, num_samples=1)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.nii.gz")
+    described = json.loads((trained / "models/model.json").read_text())
+    np.testing.assert_allclose(nib.load(path).header.get_zooms(), described["voxel_size"], rtol=1e-4)
+
+
 def test_the_way_from_noise_to_volume_is_drawn(trained, tmp_path):
     knobs = {"config_file": "configs/inference.json", "ckpt_path": trained / "models/model.pt", "output_dir": tmp_path}
     done = run_bundle("run", "denoising", **TINY_NETWORK | knobs)
