@@ -31,6 +31,23 @@ def check_accumulation(accumulation_steps: int, **counts: int) -> None:
             )
 
 
+def check_surge(max_grad_norm: float | None, surge_factor: float | None, surge_retries: int) -> None:
+    """The knobs of `scripts.surge`."""
+    for key, value, least in (("max_grad_norm", max_grad_norm, 0), ("surge_factor", surge_factor, 1)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and value > least):
+            raise BundleError(f"{key}: {value!r} was given; it must be a number above {least}, or None to do without")
+    if isinstance(surge_retries, bool) or not isinstance(surge_retries, int) or surge_retries < 0:
+        raise BundleError(f"surge_retries: {surge_retries!r} was given; it must be a whole number, 0 or more")
+
+
+def check_epochs(**lists: Sequence[int]) -> None:
+    """Every knob is a list of epochs; 0 is before the first."""
+    for key, value in lists.items():
+        if not isinstance(value, (list, tuple)) or not all(type(i) is int and i >= 0 for i in value):
+            raise BundleError(f"{key}: {value!r} was given; it must be a list of whole numbers, 0 or more")
+
+
 def switch(**knob: bool | str) -> bool:
     """The truth of one knob, switch(resume=...): the command line gives `--resume false` as the word "false"."""
     ((key, value),) = knob.items()
@@ -62,7 +79,7 @@ def check_network(
             near = f"{side // factor * factor} or {(side // factor + 1) * factor}" if side > factor else factor
             raise BundleError(
                 f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a "
-                f"network of {len(channels)} levels (key channels) needs; {near} would be right"
+                f"network of {len(channels)} levels (key channels) needs; {near} would be right, or fewer levels"
             )
     for width in channels:
         if width % norm_num_groups:
