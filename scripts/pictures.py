@@ -171,7 +171,7 @@ class EpochsHandler:
     The column of an epoch is kept in the folder of the previews (epoch_00120.png), so that a resumed run has them all.
 
     Args:
-        previews: samples, always from the same noise.
+        previews: samples, always from the same noise; attached as well.
         epochs: whole numbers; 0 is before the first iteration, 120 after the last one of the 120th epoch.
         path: of the picture, which is drawn anew at each of them and at the end.
         losses, validation, surges: records for `scripts.records.draw_losses`.
@@ -190,6 +190,7 @@ class EpochsHandler:
         self.records = (losses, validation, surges)
 
     def attach(self, engine: Engine) -> None:
+        self.previews.attach(engine)
         if self.epochs:
             engine.add_event_handler(Events.STARTED, self)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self)

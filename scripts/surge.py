@@ -7,7 +7,10 @@ import math
 import os
 import sys
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,38 +75,20 @@ class LossSurge(BundleError):
 
 
 class SurgeGuard:
-    """Trainer handler that sees a surge of the loss and stops the iteration; `run` trains and goes back from it.
+    """Trainer handler that sees a surge of the loss and raises `LossSurge`, from which `train` goes back.
 
     A surge is a loss that is NaN or infinite, or a median of the newest 21 losses above `factor` times the median of
     the (up to) 200 before them. The loss of a batch depends on its timesteps, so one batch, or ten, say nothing; 11 of
     21 do. The losses are those of loss.csv, so that a resumed run judges as one that was never stopped.
 
-    A checkpoint is good if it was written before the newest 21 losses. Going back is a resume from the newest good one:
-    weights, EMA, moments, gradient scaler, iteration, and therefore data and noise, are as they were; the learning rate
-    is half of the newest. It is first written into that checkpoint, so that a later resume keeps it, and model.pt
-    becomes the EMA of that checkpoint again. Later checkpoints are moved to `ckpt_dir`/surge_1 (2, ...), and the rows
-    of loss.csv that are given up to surges.csv.
-
     Args:
         losses: the record of the training loss.
         surges: record with the columns "surge" (1, 2, ...), "loss" and "learning_rate" (with which the run went on).
-        resume: of the same trainer, before this handler.
-        checkpoints: of the same trainer, after this handler.
-        factor: above 1; None looks for NaN only, and stops there.
-        retries: how often `run` goes back before it stops.
+        factor: above 1; None looks for NaN only, and does not go back.
     """
 
-    def __init__(
-        self,
-        losses: CsvRecord,
-        surges: CsvRecord,
-        resume: ResumeHandler,
-        checkpoints: CheckpointHandler,
-        factor: float | None,
-        retries: int,
-    ) -> None:
-        self.losses, self.surges, self.resume, self.checkpoints = losses, surges, resume, checkpoints
-        self.factor, self.retries = factor, retries
+    def __init__(self, losses: CsvRecord, surges: CsvRecord, factor: float | None) -> None:
+        self.losses, self.surges, self.factor = losses, surges, factor
         self.window: deque[float] = deque(maxlen=NEWEST + EARLIER)
 
     def attach(self, engine: Engine) -> None:
@@ -133,24 +118,8 @@ class SurgeGuard:
                     loss,
                 )
 
-    def run(self, trainer: Trainer) -> None:
-        """Train to the end, going back from each surge.
-
-        Raises:
-            BundleError: a surge that `factor` and `retries` leave nothing to do about; says what to try.
-        """
-        trainer.interrupt_resume_enabled = False  # ignite's other loop does not start again after an exception
-        trainer.logger.setLevel(logging.CRITICAL)  # ignite would log that the run ends
-        surges = 0
-        while True:
-            try:
-                return trainer.run()
-            except LossSurge as surge:
-                surges += 1
-                self.go_back(surge, surges)
-
-    def go_back(self, surge: LossSurge, number: int) -> None:
-        """Prepare the files for a resume from before a surge, the one of this `number` in this process."""
+    def go_back(self, surge: LossSurge, checkpoints: CheckpointHandler, number: int, retries: int) -> None:
+        """Prepare the files for a resume from before a surge, the one of this `number`. See `train`."""
         advice = "A lower learning_rate, a max_grad_norm such as 1, or --amp float32 would be the first things to try"
         if self.factor is None:
             raise BundleError(
@@ -158,7 +127,7 @@ class SurgeGuard:
                 "the newest checkpoint"
             )
         logger.warning(str(surge))
-        folder, parts = self.checkpoints.ckpt_dir, self.checkpoints.parts
+        folder, parts = checkpoints.ckpt_dir, checkpoints.parts
         after = [path for path in checkpoints_in(folder) if iteration_of(path) > surge.iteration - NEWEST]
         if after:
             names = ", ".join(os.path.basename(path) for path in after)
@@ -170,14 +139,13 @@ class SurgeGuard:
             saved["lr"] = LOWERED * group["lr"]
         rate = content["optimizer"]["param_groups"][0]["lr"]
         self.note(surge, content["iteration"], rate)
-        self.checkpoints.save(content)
-        if number > self.retries:
+        checkpoints.save(content)
+        if number > retries:
             raise BundleError(
-                f"{surge}; the run went back {self.retries} times (surge_retries) with half the learning rate each. "
+                f"{surge}; the run went back {retries} times (surge_retries) with half the learning rate each. "
                 f"{advice}; --resume true goes on from {path} with {rate:.3g}"
             )
-        self.resume.resume = True
-        logger.warning(f"going back to {path} with learning rate {rate:.3g} ({number} of {self.retries} times)")
+        logger.warning(f"going back to {path} with learning rate {rate:.3g} ({number} of {retries} times)")
 
     def note(self, surge: LossSurge, back: int, rate: float) -> None:
         """Copy what is given up, everything after iteration `back`, to surges.csv."""
@@ -185,3 +153,32 @@ class SurgeGuard:
         given_up = [(int(row["iteration"]), row["loss"]) for row in self.losses.rows() if int(row["iteration"]) > back]
         for iteration, loss in [*given_up, (surge.iteration, repr(surge.loss))]:
             self.surges.add(iteration, number, loss, rate)
+
+
+def train(trainer: Trainer, handlers: Sequence[Any], retries: int) -> None:
+    """Train to the end, and go back from each surge of the loss.
+
+    Going back is a resume from the newest good checkpoint, which is one from before the newest 21 losses: weights, EMA,
+    moments, gradient scaler, iteration, and therefore data and noise, are as they were; the learning rate is half of the
+    newest. It is first written into that checkpoint, so that a later resume keeps it, and model.pt becomes the EMA of
+    that checkpoint again. Later checkpoints are moved to `ckpt_dir`/surge_1 (2, ...), and the rows of loss.csv that
+    are given up to surges.csv.
+
+    Args:
+        trainer: with the handlers attached.
+        handlers: among them a `ResumeHandler`, a `SurgeGuard` after it, and a `CheckpointHandler`.
+        retries: how often to go back before stopping.
+
+    Raises:
+        BundleError: a surge after the last retry, or one that there is no way back from; says what to try.
+    """
+    kinds = (ResumeHandler, SurgeGuard, CheckpointHandler)
+    resume, guard, checkpoints = (next(h for h in handlers if isinstance(h, kind)) for kind in kinds)
+    trainer.interrupt_resume_enabled = False  # ignite's other loop does not start again after an exception
+    trainer.logger.setLevel(logging.CRITICAL)  # ignite would log that the run ends
+    for number in count(1):
+        try:
+            return trainer.run()
+        except LossSurge as surge:
+            guard.go_back(surge, checkpoints, number, retries)
+            resume.resume = True

@@ -23,7 +23,7 @@ from scripts.datasets import DrawSampler
 from scripts.errors import BundleError
 from scripts.pictures import EpochsHandler, PreviewHandler, triplanar
 from scripts.records import CsvRecord, TrainingRecord
-from scripts.surge import GradientNorm, LossSurge, SurgeGuard
+from scripts.surge import GradientNorm, LossSurge, SurgeGuard, train
 
 
 class Scalars:
@@ -110,8 +110,9 @@ def training(folder, spoil=None, resume=False, factor=10, retries=3, iterations=
     sampler = DrawSampler(Points(), batch_size=2)
     going_on = ResumeHandler(str(folder), parts, sampler, resume)
     checkpoints = CheckpointHandler(str(folder), parts, interval, 3, {"schedule": "cosine"})
-    guard = SurgeGuard(losses, surges, going_on, checkpoints, factor, retries)
     record = TrainingRecord(losses, validation, str(folder / "curve.png"), iterations, iterations, surges)
+    guard = SurgeGuard(losses, surges, factor)
+    handlers = [going_on, guard, RampedEMAHandler(network, ema, 0.01), record, checkpoints]
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=-(-iterations // 3),
@@ -120,13 +121,13 @@ def training(folder, spoil=None, resume=False, factor=10, retries=3, iterations=
         network=network,
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
-        train_handlers=[going_on, guard, RampedEMAHandler(network, ema, 0.01), record, checkpoints],
+        train_handlers=handlers,
         decollate=False,
         accumulation_steps=accumulation_steps,
     )
     if spoil is not None:
         trainer.add_event_handler(Events.ITERATION_STARTED, spoil, network)
-    return SimpleNamespace(run=lambda: guard.run(trainer), trainer=trainer, **parts)
+    return SimpleNamespace(run=lambda: train(trainer, handlers, retries), trainer=trainer, **parts)
 
 
 def rows(path):
@@ -232,7 +233,7 @@ def test_accumulated_gradients_are_clipped_as_one(tmp_path):
 
 def seen_at(losses, factor=10):
     """The index at which a guard sees a surge in a series of losses, or None."""
-    guard = SurgeGuard(None, None, None, None, factor, 3)
+    guard = SurgeGuard(None, None, factor)
     for i, loss in enumerate(losses):
         state = SimpleNamespace(
             output={"loss": torch.tensor(float(loss))}, iteration=i, epoch=1, batch={"draw": torch.tensor([4, 5])}
@@ -262,14 +263,14 @@ def test_what_is_a_surge_and_what_is_not():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_says_where(value):
-    guard = SurgeGuard(None, None, None, None, None, 0)
+    guard = SurgeGuard(None, None, None)
     state = SimpleNamespace(
         output={"loss": torch.tensor(value)}, iteration=12, epoch=3, batch={"draw": torch.tensor([44, 45])}
     )
     with pytest.raises(BundleError, match=rf"loss is {value} at iteration 12 \(epoch 3, draws \[44, 45\]\)") as stop:
         guard(SimpleNamespace(state=state))
     with pytest.raises(BundleError, match="checkpoints from before it are kept.*--resume true goes on"):
-        guard.go_back(stop.value, 1)
+        guard.go_back(stop.value, None, 1, 3)
     state.output["loss"] = torch.tensor(0.1)
     guard(SimpleNamespace(state=state))
 
