@@ -158,11 +158,11 @@ class SurgeGuard:
 def train(trainer: Trainer, handlers: Sequence[Any], retries: int) -> None:
     """Train to the end, and go back from each surge of the loss.
 
-    Going back is a resume from the newest good checkpoint, which is one from before the newest 21 losses: weights, EMA,
-    moments, gradient scaler, iteration, and therefore data and noise, are as they were; the learning rate is half of the
-    newest. It is first written into that checkpoint, so that a later resume keeps it, and model.pt becomes the EMA of
-    that checkpoint again. Later checkpoints are moved to `ckpt_dir`/surge_1 (2, ...), and the rows of loss.csv that
-    are given up to surges.csv.
+    Going back is a resume from the newest good checkpoint, one from before the newest 21 losses: weights, EMA, moments,
+    gradient scaler, iteration, and therefore data and noise, are as they were; the learning rate is half of the newest.
+    It is first written into that checkpoint, so that a later resume keeps it, and model.pt becomes the EMA of that
+    checkpoint again. Later checkpoints are moved to `ckpt_dir`/surge_1 (2, ...), and the rows of loss.csv that are
+    given up to surges.csv.
 
     Args:
         trainer: with the handlers attached.

@@ -345,7 +345,7 @@ def test_samples_of_chosen_epochs_are_columns_above_the_loss_and_survive_a_resum
         engine.run([0] * 3)
 
     def columns():
-        return sorted(p.name for p in (tmp_path / "previews").iterdir())
+        return sorted(p.name for p in (tmp_path / "previews").glob("epoch_*"))
 
     run(0, 9)
     assert columns() == ["epoch_00000.png", "epoch_00002.png"] and (tmp_path / "epochs.png").exists()
