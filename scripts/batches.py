@@ -1,7 +1,8 @@
-"""Noise and timesteps of a training or validation batch, as functions of seed and draw."""
+"""Noise, timesteps and class labels of a training or validation batch, as functions of seed and draw."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,24 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         seed: of all noise.
         num_strata: 0 draws timesteps uniformly from [0, T) (training). n > 0 draws the timestep of draw d from the
             (d mod n)-th of n equal parts of [0, T), so that validation covers all of them.
+        class_names: None for a network without classes; else each item has a "class_label".
+        class_dropout: probability that a draw loses its label: it becomes "no class", len(class_names), so that the
+            network learns both (Ho & Salimans 2022, Algorithm 1).
     """
 
-    def __init__(self, scheduler: Scheduler, prediction_type: str, seed: int = 0, num_strata: int = 0) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        prediction_type: str,
+        seed: int = 0,
+        num_strata: int = 0,
+        class_names: Sequence[str] | None = None,
+        class_dropout: float = 0.0,
+    ) -> None:
         super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
         check_prediction_type(prediction_type)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
+        self.class_names, self.class_dropout = class_names, class_dropout
 
     def draw(self, draw: int, shape: torch.Size, device: torch.device) -> tuple[float, torch.Tensor]:
         """(timestep, noise of `shape` on `device`) of one sample; the timestep of rectified flow need not be whole."""
@@ -53,6 +66,12 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         timestep = u * self.num_train_timesteps
         return min(int(timestep) + 1, self.num_train_timesteps) if self.scheduler.use_discrete_timesteps else timestep
 
+    def label(self, draw: int, label: int) -> int:
+        """The label of one sample, or that of "no class" where this draw drops it."""
+        # the third word sets this stream apart from the noise (0) and from the random transforms (1)
+        u = np.random.SeedSequence([self.seed, draw, 2]).generate_state(1, np.uint64)[0] / 2.0**64
+        return len(self.class_names) if u < self.class_dropout else label
+
     def __call__(
         self,
         batchdata: dict[str, Any],
@@ -60,7 +79,10 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
-        """{"image": (B, C, *spatial) in [-1, 1], "draw": (B,)} -> (x_0, target, (), {"noise", "timesteps"})."""
+        """{"image": (B, C, *spatial) in [-1, 1], "draw": (B,)} -> (x_0, target, (), {"noise", "timesteps"}).
+
+        With classes, "class_label": (B,) of the batch becomes "class_labels" of the last.
+        """
         images = batchdata["image"].to(device=device, non_blocking=non_blocking, **kwargs)
         drawn = [self.draw(int(d), images.shape[1:], images.device) for d in batchdata["draw"]]
         timesteps = torch.tensor([t for t, _ in drawn]).to(images.device, non_blocking=non_blocking)
@@ -68,4 +90,8 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         a, s = levels_at(self.scheduler, timesteps)
         a, s = (unsqueeze_right(level.to(images.dtype), images.ndim) for level in (a, s))
         wanted = target(self.prediction_type, images, noise, a, s)
-        return images, wanted, (), {"noise": noise, "timesteps": timesteps}
+        extra = {"noise": noise, "timesteps": timesteps}
+        if self.class_names:
+            labels = [self.label(int(d), int(label)) for d, label in zip(batchdata["draw"], batchdata["class_label"])]
+            extra["class_labels"] = torch.tensor(labels).to(images.device, non_blocking=non_blocking)
+        return images, wanted, (), extra

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ logger = logging.getLogger(__name__)
 PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
 
 
+def iteration_of(path: str) -> int:
+    """The iteration that the name of a checkpoint tells."""
+    return int(PATTERN.fullmatch(os.path.basename(path)).group(1))
+
+
 def checkpoints_in(folder: str) -> list[str]:
     """Paths of all checkpoints in a folder, the newest (highest iteration) first."""
     names = [name for name in os.listdir(folder) if PATTERN.fullmatch(name)] if os.path.isdir(folder) else []
-    return [os.path.join(folder, n) for n in sorted(names, key=lambda n: -int(PATTERN.fullmatch(n).group(1)))]
+    return [os.path.join(folder, name) for name in sorted(names, key=iteration_of, reverse=True)]
 
 
 def load_file(path: str, device: torch.device | str = "cpu") -> dict:
@@ -52,6 +58,34 @@ def load_file(path: str, device: torch.device | str = "cpu") -> dict:
     return content
 
 
+def newest_whole(
+    folder: str, keys: Sequence[str], device: torch.device | str = "cpu"
+) -> tuple[dict, str] | tuple[None, None]:
+    """Content and path of the newest checkpoint that loads whole and has all `keys`; one that does not is warned of."""
+    for path in checkpoints_in(folder):
+        try:
+            content = load_file(path, device)
+            missing = [key for key in keys if key not in content]
+            if missing:
+                raise BundleError(f"{path!r} lacks {missing}")
+        except BundleError as e:
+            logger.warning(f"passed over: {e}")
+            continue
+        return content, path
+    return None, None
+
+
+def set_aside(paths: Sequence[str], ckpt_dir: str, name: str) -> str:
+    """Move files to a new folder `ckpt_dir`/`name`_1 (2, 3, ...), whose path is returned."""
+    number = 1
+    while os.path.exists(folder := os.path.join(ckpt_dir, f"{name}_{number}")):
+        number += 1
+    os.makedirs(folder)
+    for path in paths:
+        shutil.move(path, folder)
+    return folder
+
+
 def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
     """Raises BundleError, naming tensors, where a state dict does not belong to a network."""
     wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
@@ -65,7 +99,7 @@ def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
         more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise BundleError(
             f"{path!r} does not belong to the network of this config: {len(differences)} tensors differ (channels, "
-            "attention_levels, num_res_blocks and so on must be those of the training):\n  "
+            "attention_levels, num_res_blocks, class_names and so on must be those of the training):\n  "
             + "\n  ".join(differences[:5])
             + more
         )
@@ -217,18 +251,11 @@ class ResumeHandler:
         if not self.resume:
             self.set_aside()
             return
-        for path in checkpoints_in(self.ckpt_dir):
-            try:
-                content = load_file(path, engine.state.device)
-                missing = [key for key in (*self.parts, "iteration") if key not in content]
-                if missing:
-                    raise BundleError(f"{path!r} lacks {missing}")
-            except BundleError as e:
-                logger.warning(f"passed over: {e}")
-                continue
+        content, path = newest_whole(self.ckpt_dir, (*self.parts, "iteration"), engine.state.device)
+        if content is None:
+            logger.warning(f"resume: no checkpoint in {self.ckpt_dir!r} loads; training starts from the beginning")
+        else:
             self.load(content, path, engine)
-            return
-        logger.warning(f"resume: no checkpoint in {self.ckpt_dir!r} loads; training starts from the beginning")
 
     def load(self, content: dict, path: str, engine: Engine) -> None:
         for key in ("network", "ema"):
@@ -246,12 +273,7 @@ class ResumeHandler:
         weights = [path for n in ("model.pt", "model.json") if os.path.exists(path := os.path.join(self.ckpt_dir, n))]
         if not earlier and not weights:
             return
-        number = 1
-        while os.path.exists(folder := os.path.join(self.ckpt_dir, f"previous_{number}")):
-            number += 1
-        os.makedirs(folder)
-        for path in earlier:
-            shutil.move(path, folder)
+        folder = set_aside(earlier, self.ckpt_dir, "previous")
         for path in weights:
             shutil.copy2(path, folder)
         what = f"{len(earlier)} checkpoints of an earlier run" if earlier else "weights that were there"
@@ -279,11 +301,15 @@ class CheckpointHandler(IntervalHandler):
         self.description = description
 
     def __call__(self, engine: Engine) -> None:
-        iteration = engine.state.iteration
-        os.makedirs(self.ckpt_dir, exist_ok=True)
         content = {key: part.state_dict() for key, part in self.parts.items()}
         scaler = getattr(engine, "scaler", None)
-        content |= {"iteration": iteration, "scaler": scaler.state_dict() if scaler is not None else None}
+        content |= {"iteration": engine.state.iteration, "scaler": scaler.state_dict() if scaler is not None else None}
+        self.save(content)
+
+    def save(self, content: dict) -> None:
+        """Write a checkpoint, and the model.pt and model.json that belong to it."""
+        iteration = content["iteration"]
+        os.makedirs(self.ckpt_dir, exist_ok=True)
         write_atomically(
             os.path.join(self.ckpt_dir, f"checkpoint_{iteration:08d}.pt"), lambda path: torch.save(content, path)
         )

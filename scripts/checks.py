@@ -31,6 +31,23 @@ def check_accumulation(accumulation_steps: int, **counts: int) -> None:
             )
 
 
+def check_surge(max_grad_norm: float | None, surge_factor: float | None, surge_retries: int) -> None:
+    """The knobs of `scripts.surge`."""
+    for key, value, least in (("max_grad_norm", max_grad_norm, 0), ("surge_factor", surge_factor, 1)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and value > least):
+            raise BundleError(f"{key}: {value!r} was given; it must be a number above {least}, or None to do without")
+    if isinstance(surge_retries, bool) or not isinstance(surge_retries, int) or surge_retries < 0:
+        raise BundleError(f"surge_retries: {surge_retries!r} was given; it must be a whole number, 0 or more")
+
+
+def check_epochs(**lists: Sequence[int]) -> None:
+    """Every knob is a list of epochs; 0 is before the first."""
+    for key, value in lists.items():
+        if not isinstance(value, (list, tuple)) or not all(type(i) is int and i >= 0 for i in value):
+            raise BundleError(f"{key}: {value!r} was given; it must be a list of whole numbers, 0 or more")
+
+
 def switch(**knob: bool | str) -> bool:
     """The truth of one knob, switch(resume=...): the command line gives `--resume false` as the word "false"."""
     ((key, value),) = knob.items()
@@ -62,7 +79,7 @@ def check_network(
             near = f"{side // factor * factor} or {(side // factor + 1) * factor}" if side > factor else factor
             raise BundleError(
                 f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a "
-                f"network of {len(channels)} levels (key channels) needs; {near} would be right"
+                f"network of {len(channels)} levels (key channels) needs; {near} would be right, or fewer levels"
             )
     for width in channels:
         if width % norm_num_groups:
@@ -123,22 +140,38 @@ def resolved_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def amp_dtype(amp: str, device: str | torch.device) -> torch.dtype | None:
+def amp_dtype(
+    amp: str, device: str | torch.device, spatial_shape: Sequence[int] = (), levels: int = 1
+) -> torch.dtype | None:
     """The type that autocast uses, or None for plain float32.
+
+    On a CPU, PyTorch 2.13 writes past its memory in the weight gradient of a 3D convolution in
+    bfloat16 where a side of its input is 2: infinite weights, or a crash. A training whose network comes down to that
+    is kept in float32.
 
     Args:
         amp: "auto" is bfloat16 on a GPU or CPU that has it in hardware, float16 on an older GPU, float32 on an older
             CPU; else one of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
         device: where the network runs.
+        spatial_shape: of the volumes to train on; nothing where only the forward pass is needed, which is right.
+        levels: of the network, each of half the sides.
     """
     device = torch.device(device)
     choices = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    coarsest = [side // 2 ** (levels - 1) for side in spatial_shape]
+    unsafe = device.type == "cpu" and len(coarsest) == 3 and min(coarsest) <= 2
     if amp == "auto":
         if device.type != "cuda":
             hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            return torch.bfloat16 if device.type == "cpu" and hardware else None
+            return torch.bfloat16 if device.type == "cpu" and hardware and not unsafe else None
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if amp not in choices or (amp == "float16" and device.type != "cuda"):
         words = ("auto", "float32", "bfloat16") + (("float16",) if device.type == "cuda" else ())
         raise BundleError(f"amp: {amp!r} cannot be used on {device}; it must be one of {words}")
+    if amp == "bfloat16" and unsafe:
+        raise BundleError(
+            f"amp: 'bfloat16' was given, but the coarsest of the network's {levels} levels has {coarsest} voxels, and "
+            "PyTorch's bfloat16 gradients are wrong on a CPU where a side is 2 or less; auto or float32, a larger "
+            "spatial_shape or fewer levels (key channels) would be right"
+        )
     return choices[amp]

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from scripts.datalist import find_images, readable, stem
+from scripts.datalist import find_images, readable, shape_of, stem
 from scripts.datasets import VolumeDataset
 from scripts.errors import BundleError
 
@@ -166,7 +165,7 @@ def load_cohort(
             used instead: cropping and resampling a second time would shrink and blur what a generator made.
     """
     label_maps = matching_label_maps(files, label_dir) if label_dir else None
-    shapes = Counter(tuple(nib.load(f).shape) for f in files)
+    shapes = Counter(map(shape_of, files))
     on_grid = transform_on_grid is not None and spatial_shape is not None and set(shapes) == {tuple(spatial_shape)}
     used = transform_on_grid if on_grid else transform
     data = VolumeDataset([{"image": f} for f in files], used, cache="disk", cache_dir=cache_dir).volumes
@@ -221,10 +220,11 @@ def load_cohorts(
     unknown = sorted(set(label_dirs or {}) - set(folders))
     if unknown:
         raise BundleError(f"label_dirs: there is no cohort named {unknown[0]!r}; known are {list(folders)}")
+    dims = len(spatial_shape or (0, 0, 0))
     files: dict[str, list[str]] = {}
     for name, folder in folders.items():
-        images = find_images(folder) if isinstance(folder, str) else [{"image": f} for f in folder]
-        good = [item["image"] for item in readable(images[:max_volumes], skip_bad_files, f"{name} volumes")]
+        images = find_images(folder, None, dims) if isinstance(folder, str) else [{"image": f} for f in folder]
+        good = [item["image"] for item in readable(images[:max_volumes], skip_bad_files, f"{name} volumes", dims)]
         if len(good) < 2:
             where = folder if isinstance(folder, str) else real_dir
             raise BundleError(f"{name} volumes: {where!r} holds {len(good)} usable volumes; at least 2 would be right")

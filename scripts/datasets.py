@@ -41,7 +41,7 @@ class VolumeDataset(Dataset):
     """Volumes with a cached deterministic part and a random part that is a function of (seed, draw).
 
     Args:
-        data: [{"image": path, ...}, ...]
+        data: [{"image": path, ...}, ...]; "class_label": int of an item passes by the transforms and the caches.
         transform: deterministic transforms, path -> {"image": tensor (C, *spatial), "voxel_size": mm}, run once a file
             where `cache` is not "none"; float16 at their end halves the memory (1500 volumes of 128^3: 6.3 GB).
         random_transform: run at each access, seeded by `seed` and the draw; None for no augmentation.
@@ -50,8 +50,8 @@ class VolumeDataset(Dataset):
         seed: of the random transforms.
         num_workers: threads that fill the memory cache.
 
-    An item is {"image": float32 tensor (C, *spatial), "draw": int}. It is asked for by (index, draw), see
-    `DrawSampler`; a plain index is its own draw.
+    An item is {"image": float32 tensor (C, *spatial), "draw": int}, with its "class_label" if it has one. It is asked
+    for by (index, draw), see `DrawSampler`; a plain index is its own draw.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class VolumeDataset(Dataset):
         seed: int = 0,
         num_workers: int = 1,
     ) -> None:
+        self.labels = [item.get("class_label") for item in data]
+        data = [{key: value for key, value in item.items() if key != "class_label"} for item in data]
         if cache == "memory":
             self.volumes: monai.data.Dataset = CacheDataset(
                 data, transform, num_workers=max(1, num_workers), copy_cache=False
@@ -89,7 +91,8 @@ class VolumeDataset(Dataset):
             self.random_transform.set_random_state(seed=int(state[0]))
             item = self.random_transform(item)
         # no MetaTensor, which random transforms make: each operation of the network would carry its history
-        return {"image": convert_to_tensor(item["image"], track_meta=False).contiguous(), "draw": draw}
+        item = {"image": convert_to_tensor(item["image"], track_meta=False).contiguous(), "draw": draw}
+        return item if self.labels[index] is None else item | {"class_label": self.labels[index]}
 
     def voxel_sizes(self) -> np.ndarray:
         """Physical size of the preprocessed voxels of up to 100 volumes (8 if nothing is cached), evenly chosen.
@@ -142,9 +145,15 @@ class RepeatSampler(Sampler):
 
 
 def summarise(
-    training: VolumeDataset, validation: VolumeDataset, spatial_shape: Sequence[int], path: str
+    training: VolumeDataset,
+    validation: VolumeDataset,
+    spatial_shape: Sequence[int],
+    path: str,
+    class_names: Sequence[str] | None = None,
 ) -> list[float]:
     """Write what was trained on (counts, files, physical voxel sizes of the cubes) to a JSON file.
+
+    With classes it also counts them, and a file beside it lists those of each: dataset.json has dataset_glioma.json.
 
     Returns:
         the median voxel size in mm, a list of spatial dims numbers; without volumes 1 mm, and no file.
@@ -159,6 +168,17 @@ def summarise(
         "training": [item["image"] for item in training.volumes.data],
         "validation": [item["image"] for item in validation.volumes.data],
     }
+    written = {path: summary}
+    for label, name in enumerate(class_names or ()):
+        of_class = {
+            side: [file for file, of in zip(summary[side], data.labels, strict=True) if of == label]
+            for side, data in (("training", training), ("validation", validation))
+        }
+        summary.setdefault("classes", {})[name] = {side: len(files) for side, files in of_class.items()}
+        root, ending = os.path.splitext(path)
+        written[f"{root}_{name}{ending}"] = of_class
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(summary, indent=4)))
+    for place, content in written.items():
+        text = json.dumps(content, indent=4)
+        write_atomically(place, lambda temporary, text=text: Path(temporary).write_text(text))
     return statistics["median"]

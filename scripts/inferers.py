@@ -1,7 +1,9 @@
-"""The forward pass of training in mixed precision on any device."""
+"""The forward pass of training, with class labels, in mixed precision on any device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from monai.networks.schedulers import Scheduler
 
 
 class AutocastDiffusionInferer(DiffusionInferer):
-    """MONAI's `DiffusionInferer` under autocast (MONAI's engines autocast on CUDA only).
+    """MONAI's `DiffusionInferer` under autocast (MONAI's engines autocast on CUDA only), and with class labels.
 
     Args:
         scheduler: the diffusion scheduler, which adds the noise.
@@ -21,7 +23,16 @@ class AutocastDiffusionInferer(DiffusionInferer):
         super().__init__(scheduler)
         self.amp_dtype = amp_dtype
 
-    def __call__(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x_0 (B, C, *spatial) -> the network's prediction for its noisy version, float32."""
+    def __call__(
+        self,
+        inputs: torch.Tensor,
+        diffusion_model: Callable[..., torch.Tensor],
+        *args: Any,
+        class_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """x_0 (B, C, *spatial), class labels (B,) if any -> the network's prediction for its noisy version, float32."""
+        if class_labels is not None:  # MONAI's own call has no way for them
+            diffusion_model = partial(diffusion_model, class_labels=class_labels)
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return super().__call__(inputs, *args, **kwargs).float()
+            return super().__call__(inputs, diffusion_model, *args, **kwargs).float()

@@ -465,7 +465,7 @@ class Diversity:
                 jitter = rng.uniform(-0.3, 0.3, len(values))
                 panel.plot(place + jitter, values, ".", color=colours[name], markersize=2, alpha=0.35, zorder=1)
                 draw_box(panel, place, values, colours[name], 6)
-            if protocol == "kwon2019":
+            if protocol == "kwon2019" and cohorts.real.volumes.ndim == 4:
                 for (source, value), style in zip(PAPER.items(), ("--", ":")):
                     panel.axhline(value, color="0.3", linestyle=style, linewidth=1, label=f"{source} {value}", zorder=0)
                 title = "lines in kwon2019: Dorjsembe et al. 2022, another dataset"

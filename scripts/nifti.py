@@ -1,14 +1,17 @@
-"""Synthetic volumes as NIfTI files."""
+"""Synthetic volumes as NIfTI files, synthetic 2D images as PNG."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+
+from scripts.slices import save_grey
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +34,35 @@ def save_nifti(volume: np.ndarray, affine: np.ndarray, path: str, description: s
 
 
 class SaveVolumes:
-    """Evaluator handler: write each volume of a batch as `output_dir`/sample_seed7_volume003.nii.gz.
+    """Evaluator handler: write each volume of a batch as `output_dir`/sample_seed7_volume003.nii.gz, an image as .png.
 
-    Expects `engine.state.output` as a list of {"pred": (1, *spatial) in [0, 255]} and `engine.state.batch` as a list of
-    {"image": MetaTensor of the noise, with `affine` and meta "seed" and "volume"}.
+    A volume of a class lies in a folder of its name, `output_dir`/glioma/, as training finds its images; one of no
+    class lies in `output_dir` itself. Expects `engine.state.output` as a list of {"pred": (1, *spatial) in [0, 255]}
+    and `engine.state.batch` as a list of {"image": MetaTensor of the noise, with `affine` and meta "seed" and "volume",
+    "class_label": index in `class_names`, or their number for no class}.
     """
 
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: str, class_names: Sequence[str] | None = None) -> None:
+        self.output_dir, self.class_names = output_dir, class_names or []
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        os.makedirs(self.output_dir, exist_ok=True)
         for item, output in zip(engine.state.batch, engine.state.output):
             noise = item["image"]
             seed, volume = int(noise.meta["seed"]), int(noise.meta["volume"])
-            path = os.path.join(self.output_dir, f"sample_seed{seed}_volume{volume:03d}.nii.gz")
             description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"
+            folder, label = self.output_dir, int(item["class_label"])
+            if label < len(self.class_names):
+                folder = os.path.join(folder, self.class_names[label])
+                description += f", {self.class_names[label]}"
+            os.makedirs(folder, exist_ok=True)
+            path = os.path.join(folder, f"sample_seed{seed}_volume{volume:03d}")
             voxels = torch.as_tensor(output["pred"])[0].cpu().numpy()
-            save_nifti(voxels, noise.affine.numpy(), path, description)
+            path += ".png" if voxels.ndim == 2 else ".nii.gz"
+            if voxels.ndim == 2:
+                save_grey(voxels, path, description)
+            else:
+                save_nifti(voxels, noise.affine.numpy(), path, description)
             logger.info(f"wrote {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from scripts.files import write_atomically
 from scripts.intervals import IntervalHandler
+from scripts.records import CsvRecord, draw_losses
 
 # optional: other programs build the handlers of a config to look at it, and few of them have matplotlib
 png, _ = optional_import("matplotlib.image")
@@ -40,10 +41,20 @@ def triplanar(volume: np.ndarray) -> np.ndarray:
     return np.concatenate(padded, 1)
 
 
-def mosaic(strips: list[np.ndarray], gap: int = 2, smallest: int = 96) -> np.ndarray:
-    """Strips of the same shape on a near-square grid, enlarged (whole factors) until a slice has `smallest` rows."""
+def mosaic(
+    strips: list[np.ndarray], gap: int = 2, smallest: int = 96, labels: Sequence[int] | None = None
+) -> np.ndarray:
+    """Strips of the same shape on a near-square grid, enlarged (whole factors) until a slice has `smallest` rows.
+
+    Where `labels`, one a strip, are not all the same, the grid has a row a class instead, in the order of the labels.
+    """
     rows, columns = strips[0].shape
     across = max(1, round(np.sqrt(len(strips) * rows / columns)))
+    if labels is not None and len(set(labels)) > 1:
+        classes = [[s for s, of in zip(strips, labels, strict=True) if of == label] for label in sorted(set(labels))]
+        across = max(map(len, classes))
+        empty = np.full_like(strips[0], strips[0].min())
+        strips = [strip for line in classes for strip in line + [empty] * (across - len(line))]
     blank = np.full((rows + gap, columns + gap), strips[0].min())
     cells = []
     for i in range(-(-len(strips) // across) * across):
@@ -101,7 +112,8 @@ def save_denoising(
     volumes = sampler.trajectory(torch.as_tensor(noise).as_subclass(torch.Tensor))
     chosen = np.unique(np.linspace(0, len(volumes) - 1, num_frames).round().astype(int))
     strips = [triplanar(volumes[i][0, 0].cpu().numpy()) for i in chosen]
-    columns = [np.concatenate(np.split(s, 3, 1) if s.shape[1] == 3 * s.shape[0] else [s], 0) for s in strips]
+    cube = noise.ndim == 5 and len(set(noise.shape[2:])) == 1  # three planes of one size
+    columns = [np.concatenate(np.split(s, 3, 1), 0) if cube else s for s in strips]
     factor = max(1, -(-96 // noise.shape[-1]))
     save_png(np.concatenate(columns, 1).repeat(factor, 0).repeat(factor, 1), path, -1, 1)
     logger.info(f"from noise to volume: {path}")
@@ -111,33 +123,42 @@ class PreviewHandler(IntervalHandler):
     """Trainer handler: every `interval` iterations and at the end, sample volumes and write them as a PNG.
 
     Args:
-        sampler: module, noise (B, C, *spatial) -> volumes in [-1, 1]; its network should be the EMA one.
+        sampler: module, noise (B, C, *spatial), and class labels (B,) where there are `class_names`, -> volumes in
+            [-1, 1]; its network should be the EMA one.
         spatial_shape: of the volumes.
         interval: in iterations.
         folder: receives preview_00002500.png and so on.
         num_samples: volumes a preview; sampled one by one, always from the same noise.
         seed: of that noise.
         summary_writer: TensorBoard writer that also gets the picture.
+        class_names: the volumes take these classes in turn, a row each; None where the network has no classes.
     """
 
     def __init__(
         self,
-        sampler: Callable[[torch.Tensor], torch.Tensor],
+        sampler: Callable[..., torch.Tensor],
         spatial_shape: list[int],
         interval: int,
         folder: str,
         num_samples: int = 4,
         seed: int = 0,
         summary_writer: SummaryWriter | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(interval)
         self.sampler, self.folder, self.summary_writer = sampler, folder, summary_writer
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(num_samples, 1, 1, *spatial_shape, generator=generator)
+        self.labels = [i % len(class_names) for i in range(num_samples)] if class_names else None
+
+    def strips(self, engine: Engine) -> list[np.ndarray]:
+        """The samples of the network as it is now, each as `triplanar` gives it."""
+        inputs = [self.noise] if self.labels is None else [self.noise, torch.tensor(self.labels)[:, None]]
+        volumes = [self.sampler(*(x.to(engine.state.device) for x in each)) for each in zip(*inputs)]
+        return [triplanar(volume[0, 0].cpu().numpy()) for volume in volumes]
 
     def __call__(self, engine: Engine) -> None:
-        volumes = [self.sampler(noise.to(engine.state.device))[0, 0].cpu().numpy() for noise in self.noise]
-        picture = mosaic([triplanar(volume) for volume in volumes])
+        picture = mosaic(self.strips(engine), labels=self.labels)
         os.makedirs(self.folder, exist_ok=True)
         save_png(picture, os.path.join(self.folder, f"preview_{engine.state.iteration:08d}.png"), -1, 1)
         if self.summary_writer is not None:
@@ -146,24 +167,91 @@ class PreviewHandler(IntervalHandler):
             )
 
 
+class EpochsHandler:
+    """Trainer handler: samples at chosen epochs side by side, with the loss beneath (Figures 10 to 12 of MRIDiff).
+
+    The column of an epoch is kept in the folder of the previews (epoch_00120.png), so that a resumed run has them all.
+
+    Args:
+        previews: samples, always from the same noise; attached as well.
+        epochs: whole numbers; 0 is before the first iteration, 120 after the last one of the 120th epoch.
+        path: of the picture, which is drawn anew at each of them and at the end.
+        losses, validation, surges: records for `scripts.records.draw_losses`.
+    """
+
+    def __init__(
+        self,
+        previews: PreviewHandler,
+        epochs: Sequence[int],
+        path: str,
+        losses: CsvRecord,
+        validation: CsvRecord,
+        surges: CsvRecord | None = None,
+    ) -> None:
+        self.previews, self.epochs, self.path = previews, sorted(epochs), path
+        self.records = (losses, validation, surges)
+
+    def attach(self, engine: Engine) -> None:
+        self.previews.attach(engine)
+        if self.epochs:
+            engine.add_event_handler(Events.STARTED, self)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+            engine.add_event_handler(Events.COMPLETED, self.draw)
+
+    def column(self, epoch: int) -> str:
+        return os.path.join(self.previews.folder, f"epoch_{epoch:05d}.png")
+
+    def __call__(self, engine: Engine) -> None:
+        epoch, within = divmod(engine.state.iteration, engine.state.epoch_length)
+        if within == 0 and epoch in self.epochs:
+            os.makedirs(self.previews.folder, exist_ok=True)
+            save_png(np.concatenate(self.previews.strips(engine), 0), self.column(epoch), -1, 1)
+            self.draw(engine)
+
+    def draw(self, engine: Engine) -> None:
+        iterations = {epoch: epoch * engine.state.epoch_length for epoch in self.epochs}
+        reached = [e for e, i in iterations.items() if i <= engine.state.iteration and os.path.exists(self.column(e))]
+        columns = [png.imread(self.column(epoch)) for epoch in reached]
+        width = max(8, 1.6 * len(columns))
+        rows, across = columns[0].shape[:2] if columns else (0, 1)
+        height = min(8, width / max(1, len(columns)) * rows / across)
+        figure = Figure(figsize=(width, height + 3.4), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(height + 0.4, 3))
+        axes = below.subplots()
+        if not len(draw_losses(axes, *self.records)):
+            return
+        for place, epoch, column in zip(above.subplots(1, len(columns), squeeze=False)[0], reached, columns):
+            place.imshow(column, interpolation="nearest")
+            place.set_title(f"epoch {epoch}")
+            place.axis("off")
+            axes.axvline(iterations[epoch], color="0.5", linestyle="--", linewidth=0.8)
+            above_the_axes = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": "center"}
+            axes.text(iterations[epoch], 1, f"epoch {epoch}", **above_the_axes)
+        write_atomically(self.path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
 class MosaicHandler:
     """Evaluator handler: collect the middle slices of every volume of a run and write one mosaic at its end.
 
-    Expects `engine.state.output` as a list of {"pred": (1, *spatial) in [0, 255]}.
+    Volumes of several classes stand in a row a class. Expects `engine.state.output` as a list of {"pred": (1, *spatial)
+    in [0, 255]} and `engine.state.batch` as a list of {"class_label": index}.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.strips: list[np.ndarray] = []
+        self.labels: list[int] = []
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.strips.clear)
+        engine.add_event_handler(Events.STARTED, self.labels.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def __call__(self, engine: Engine) -> None:
         self.strips += [triplanar(torch.as_tensor(item["pred"])[0].cpu().numpy()) for item in engine.state.output]
+        self.labels += [int(item["class_label"]) for item in engine.state.batch]
 
     def write(self, engine: Engine) -> None:
-        save_png(mosaic(self.strips), self.path, 0, 255)
+        save_png(mosaic(self.strips, labels=self.labels), self.path, 0, 255)
         logger.info(f"{len(self.strips)} volumes as one picture: {self.path}")

@@ -1,4 +1,4 @@
-"""The record of a training run: progress bar, loss.csv, loss curve with its table, and the guard against NaN."""
+"""The record of a training run: progress bar, loss.csv, and the loss curve with its table."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
-from monai.engines import IterationEvents
 from monai.utils import CommonKeys, optional_import
 from tqdm import tqdm
 
-from scripts.errors import BundleError
 from scripts.files import write_atomically
 
-Figure, _ = optional_import("matplotlib.figure", name="Figure")  # as in scripts.pictures
+Axes, _ = optional_import("matplotlib.axes", name="Axes")  # as in scripts.pictures
+Figure, _ = optional_import("matplotlib.figure", name="Figure")
 STATISTICS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
 
 
@@ -65,15 +63,17 @@ def loss_statistics(losses: np.ndarray) -> dict[str, float]:
     return dict(zip(STATISTICS, map(float, values)))
 
 
-def plot_losses(training: CsvRecord, validation: CsvRecord, path: str) -> None:
-    """Draw training and held-out losses against the iteration, with the table of `loss_statistics` beside them."""
+def draw_losses(axes: Axes, training: CsvRecord, validation: CsvRecord, surges: CsvRecord | None = None) -> np.ndarray:
+    """Draw training and held-out losses against the iteration, and what a `scripts.surge.SurgeGuard` gave up.
+
+    Returns:
+        the training losses, one an iteration; nothing is drawn where there are none.
+    """
     rows = training.rows()
-    if not rows:
-        return
-    iterations = np.array([int(row["iteration"]) for row in rows])
     losses = np.array([float(row["loss"]) for row in rows])
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes, side = figure.subplots(1, 2, width_ratios=(4, 1))
+    if not rows:
+        return losses
+    iterations = np.array([int(row["iteration"]) for row in rows])
     axes.plot(iterations, losses, color="0.8", linewidth=0.6, label="training, each batch")
     window = max(1, len(losses) // 50)
     if window > 1:
@@ -84,8 +84,26 @@ def plot_losses(training: CsvRecord, validation: CsvRecord, path: str) -> None:
         points = [(int(row["iteration"]), float(row["loss"])) for row in held_out]
         if points:
             axes.plot(*zip(*points), marker=".", color=colour, label=f"held out, {weights} weights")
+    stretches: dict[str, list[tuple[int, float]]] = {}
+    for row in surges.rows() if surges is not None else ():
+        stretches.setdefault(row["surge"], []).append((int(row["iteration"]), float(row["loss"])))
+    labels = {"label": "given up after a surge"}, {"label": "gone back to, with a lower learning rate"}
+    for points in stretches.values():
+        axes.plot(*zip(*points), color="tab:red", linewidth=0.8, **labels[0])
+        axes.axvline(points[0][0] - 1, color="tab:red", linestyle=":", **labels[1])
+        labels = {}, {}  # once in the legend
     axes.set(xlabel="iteration", ylabel="loss", yscale="log")
     axes.legend()
+    return losses
+
+
+def plot_losses(training: CsvRecord, validation: CsvRecord, path: str, surges: CsvRecord | None = None) -> None:
+    """The picture of `draw_losses`, with the table of `loss_statistics` beside it."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes, side = figure.subplots(1, 2, width_ratios=(4, 1))
+    losses = draw_losses(axes, training, validation, surges)
+    if not len(losses):
+        return
     side.axis("off")
     table = side.table([[f"{v:.5g}"] for v in loss_statistics(losses).values()], rowLabels=STATISTICS, loc="center")
     table.scale(1, 1.4)
@@ -104,12 +122,19 @@ class TrainingRecord:
         curve: path of the picture.
         max_iterations: of the whole run, those before a resume included.
         plot_interval: the curve is drawn every so many iterations, and at the end.
+        surges: record of `scripts.surge.SurgeGuard`, for the curve.
     """
 
     def __init__(
-        self, losses: CsvRecord, validation: CsvRecord, curve: str, max_iterations: int, plot_interval: int
+        self,
+        losses: CsvRecord,
+        validation: CsvRecord,
+        curve: str,
+        max_iterations: int,
+        plot_interval: int,
+        surges: CsvRecord | None = None,
     ) -> None:
-        self.losses, self.validation, self.curve = losses, validation, curve
+        self.losses, self.validation, self.curve, self.surges = losses, validation, curve, surges
         self.max_iterations, self.plot_interval = max_iterations, plot_interval
         self.bar: tqdm | None = None
 
@@ -122,6 +147,8 @@ class TrainingRecord:
     def start(self, engine: Engine) -> None:
         self.losses.start(engine.state.iteration)
         self.validation.start(engine.state.iteration)
+        if self.bar is not None:  # the run goes on after a surge
+            self.bar.close()
         total = min(self.max_iterations, engine.state.max_epochs * engine.state.epoch_length)
         self.bar = tqdm(desc="training", initial=engine.state.iteration, total=total)
         self.stop_if_done(engine)
@@ -138,29 +165,8 @@ class TrainingRecord:
         self.stop_if_done(engine)
 
     def plot(self, engine: Engine) -> None:
-        plot_losses(self.losses, self.validation, self.curve)
+        plot_losses(self.losses, self.validation, self.curve, self.surges)
 
     def finish(self, engine: Engine) -> None:
         self.bar.close()
         self.plot(engine)
-
-
-class StopOnNonFiniteLoss:
-    """Trainer handler: stop before a NaN or infinite loss reaches the weights, and say where it happened.
-
-    Raises:
-        BundleError: names the iteration, the draws of the batch and what to try.
-    """
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        loss = engine.state.output[CommonKeys.LOSS]
-        if not torch.isfinite(loss):
-            raise BundleError(
-                f"the loss is {loss.item()} at iteration {engine.state.iteration} (epoch {engine.state.epoch}, draws "
-                f"{engine.state.batch['draw'].tolist()}); the weights and checkpoints from before it are kept. A lower "
-                "learning_rate, or --amp float32, would be the first things to try; --resume true goes on from the "
-                "newest checkpoint"
-            )

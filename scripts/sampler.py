@@ -45,13 +45,22 @@ def volume_seed(noise: torch.Tensor) -> int:
 
 
 class DiffusionSampler(nn.Module):
-    """The whole reverse diffusion as a module, `forward(noise) -> volume`.
+    """The whole reverse diffusion as a module, `forward(noise, class_labels=None) -> volume`.
 
     Its state dict is that of the network alone, so that a plain checkpoint of the network loads into it, and it can be
     scripted (`torch.jit.script`): the network is traced, the loop is compiled, and no device is fixed.
 
+    A network with `num_class_embeds` n knows the classes 0 .. n - 2, and n - 1 is "no class". Its output is guided
+    (Ho & Salimans 2022, Eq. 6, whose w is guidance_scale - 1):
+
+        guided = unconditional + guidance_scale * (conditional - unconditional).
+
+    They guide the noise, but for a given x_t every prediction type is an affine function of the noise, and the two
+    weights of the outputs, 1 - scale and scale, add up to 1: guiding any of them is the same.
+
     Args:
-        unet: a network (x, timesteps) -> prediction, such as MONAI's `DiffusionModelUNet`.
+        unet: a network (x, timesteps) -> prediction, such as MONAI's `DiffusionModelUNet`; with classes,
+            (x, timesteps, class_labels=...) -> prediction.
         scheduler: the MONAI scheduler of the training; only its noise levels are used.
         num_inference_steps: number of network evaluations, 1 .. num_train_timesteps.
         solver: one of `scripts.solvers.SOLVERS`.
@@ -60,11 +69,14 @@ class DiffusionSampler(nn.Module):
         sigma_max: with "logsnr", the noise-to-signal ratio to begin at; None for the noisiest timestep.
         eta: scale of the noise that "ddim" (0 by default) and "dpmpp_2m_sde" (1) add on the way; None for the default.
         clip_sample: clamp the predicted x_0 to [-1, 1] at every step (as Dorjsembe et al. do).
+        class_label: index of the class of all volumes where `forward` is given none; None for no class.
+        guidance_scale: 1 takes the conditional output as it is, with one pass of the network a step; others take two.
         amp_dtype: autocast the network to this type; None for float32. Not used when scripted.
         progress: show a bar over the steps. Not used when scripted.
 
     Raises:
-        BundleError: unknown solver or prediction type, impossible number of steps.
+        BundleError: unknown solver or prediction type, impossible number of steps, a class that the network lacks,
+            guidance of a network without classes.
     """
 
     def __init__(
@@ -80,6 +92,8 @@ class DiffusionSampler(nn.Module):
         clip_sample: bool = True,
         amp_dtype: torch.dtype | None = None,
         progress: bool = False,
+        class_label: int | None = None,
+        guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_solver(solver, num_inference_steps, scheduler.num_train_timesteps)
@@ -95,11 +109,26 @@ class DiffusionSampler(nn.Module):
             clip_sample=clip_sample,
             amp_dtype=amp_dtype,
             progress=progress,
+            class_label=class_label,
+            guidance_scale=guidance_scale,
         )
         self.unet = unet
         self.clip_sample = clip_sample
         self.amp_dtype = amp_dtype
         self.progress = progress
+        self.num_class_embeds = getattr(unet, "num_class_embeds", None)
+        self.no_class = (self.num_class_embeds or 1) - 1
+        self.class_label = self.no_class if class_label is None else class_label
+        self.guidance_scale = float(guidance_scale)
+        if not 0 <= self.class_label <= self.no_class:
+            raise BundleError(
+                f"class_label: {class_label!r} was given, but the network knows {self.no_class} classes; an index from "
+                f"0 to {self.no_class}, the last for no class, would be right"
+            )
+        if self.guidance_scale != 1 and not self.no_class:
+            raise BundleError(
+                f"guidance_scale: {guidance_scale!r} was given, but the network knows no classes; 1 would be right"
+            )
         timesteps = training_timesteps(scheduler)
         a, s = levels_at(scheduler, timesteps)
         chosen = visited(a.cpu().numpy(), s.cpu().numpy(), num_inference_steps, timestep_spacing, sigma_max)
@@ -112,7 +141,9 @@ class DiffusionSampler(nn.Module):
         self.register_buffer("timesteps", timesteps.float()[chosen], persistent=False)
         self.register_buffer("table", table.float(), persistent=False)
 
-    def forward(self, noise: torch.Tensor, num_inference_steps: int | None = None) -> torch.Tensor:
+    def forward(
+        self, noise: torch.Tensor, class_labels: torch.Tensor | None = None, num_inference_steps: int | None = None
+    ) -> torch.Tensor:
         """Standard normal noise (B, C, *spatial) -> volumes of the same shape, in [-1, 1] where `clip_sample`.
 
         Each volume's later noise comes from a generator of its own, which is derived from its first noise: a volume is
@@ -120,6 +151,7 @@ class DiffusionSampler(nn.Module):
 
         Args:
             noise: where every volume begins.
+            class_labels: (B,) indices of classes; None for `class_label`. A network without classes does not need them.
             num_inference_steps: of this call, where a client asks for another number than the sampler was made for.
                 Not used when scripted: an archive has the steps that it was made with.
         """
@@ -129,19 +161,26 @@ class DiffusionSampler(nn.Module):
                 steps = range(self.timesteps.shape[0])
             else:
                 if num_inference_steps not in (None, len(self.timesteps)):
-                    return self.with_steps(self.unet, num_inference_steps=num_inference_steps).to(x.device)(x)
+                    sampler = self.with_steps(self.unet, num_inference_steps=num_inference_steps)
+                    return sampler.to(x.device)(x, class_labels)
                 x = x.as_subclass(torch.Tensor)  # a MetaTensor would copy its metadata at every operation
                 steps = range(len(self.timesteps))
                 if self.progress and has_tqdm:
                     steps = tqdm(steps, "denoising", leave=False)
-            generators = self.generators(x)
+            labels, generators = self.labels(x, class_labels), self.generators(x)
             x0 = torch.zeros_like(x)
             for i in steps:
-                x, x0 = self.step(i, x, x0, generators)
+                x, x0 = self.step(i, x, x0, labels, generators)
             if not torch.jit.is_scripting():
                 if isinstance(noise, MetaTensor):
                     x = convert_to_dst_type(x, noise)[0]
             return x
+
+    def labels(self, noise: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """The class of each volume of a batch, (B,) int64: those given, or `class_label`."""
+        if class_labels is None:
+            return torch.full((noise.shape[0],), self.class_label, dtype=torch.int64, device=noise.device)
+        return class_labels
 
     def generators(self, noise: torch.Tensor) -> list[torch.Generator]:
         """A generator for each volume of a batch, seeded by its first noise; none for a deterministic solver."""
@@ -154,11 +193,16 @@ class DiffusionSampler(nn.Module):
         return generators
 
     def step(
-        self, i: int, x: torch.Tensor, previous_x0: torch.Tensor, generators: list[torch.Generator]
+        self,
+        i: int,
+        x: torch.Tensor,
+        previous_x0: torch.Tensor,
+        class_labels: torch.Tensor,
+        generators: list[torch.Generator],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
         c = self.table[i]
-        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]))
+        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]), class_labels)
         if self.clip_sample:
             x0 = x0.clamp(-1.0, 1.0)
         x = c[2] * x + c[3] * x0 + c[4] * previous_x0
@@ -173,25 +217,42 @@ class DiffusionSampler(nn.Module):
     @torch.no_grad()
     def trajectory(self, noise: torch.Tensor, every: int = 1) -> list[torch.Tensor]:
         """The volumes on the way: `noise`, x after every `every` steps, and the final volume, each (B, C, *spatial)."""
-        x, x0, generators = noise, torch.zeros_like(noise), self.generators(noise)
+        x, x0 = noise, torch.zeros_like(noise)
+        labels, generators = self.labels(noise, None), self.generators(noise)
         volumes = [x]
         for i in range(len(self.timesteps)):
-            x, x0 = self.step(i, x, x0, generators)
+            x, x0 = self.step(i, x, x0, labels, generators)
             if (i + 1) % every == 0 or i + 1 == len(self.timesteps):
                 volumes.append(x)
         return volumes
 
-    def predict(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The network's float32 output for x_t (B, C, *spatial) at timesteps (B,).
+    def predict(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """The guided float32 output of the network for x_t (B, C, *spatial) at timesteps (B,) and class labels (B,)."""
+        conditional = self.output(x, timesteps, class_labels)
+        if self.guidance_scale == 1.0:
+            return conditional
+        unconditional = self.output(x, timesteps, torch.full_like(class_labels, self.no_class))
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def output(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """One pass of the network, float32.
 
         On a CPU volume by volume: as fast as a batch, and with the same rounding whatever the batch is.
         """
         if torch.jit.is_scripting():
-            return self.unet(x, timesteps)
+            return self.call(x, timesteps, class_labels)
         else:
             size = 1 if x.device.type == "cpu" else len(x)
+            parts = zip(x.split(size), timesteps.split(size), class_labels.split(size))
             with torch.autocast(x.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                return torch.cat([self.unet(*part).float() for part in zip(x.split(size), timesteps.split(size))])
+                return torch.cat([self.call(*part).float() for part in parts])
+
+    def call(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """The network as it is. TorchScript compiles one branch only, for it sees whether the number is None."""
+        if self.num_class_embeds is None:
+            return self.unet(x, timesteps)
+        else:
+            return self.unet(x, timesteps, class_labels=class_labels)
 
     def state_dict(self, *args, **kwargs):
         """The network's own state dict: no prefix, no tables."""
@@ -207,8 +268,9 @@ class DiffusionSampler(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by `torch.jit.script`: a copy of this module with the network replaced by its trace.
 
-        A `DiffusionModelUNet` cannot be scripted, but its trace with (x, timesteps) is exact for all sizes, batches and
-        timesteps. The timestep embedding is scripted first, since a trace of it would fix the device.
+        A `DiffusionModelUNet` cannot be scripted, but its trace with (x, timesteps), and class labels where it has
+        classes, is exact for all sizes, batches, timesteps and classes. The timestep embedding is scripted first, since
+        a trace of it would fix the device.
         """
         scriptable = copy.copy(self)
         scriptable._modules = dict(self._modules)
@@ -216,7 +278,10 @@ class DiffusionSampler(nn.Module):
         side = 2 ** len(getattr(self.unet, "block_out_channels", (0,) * 4))
         example = torch.randn(2, conv.in_channels, *[side] * (conv.weight.ndim - 2), device=conv.weight.device)
         embedding = torch.jit.script(diffusion_model_unet.get_timestep_embedding)
+        inputs = {"x": example, "timesteps": torch.tensor([3.0, 1.0], device=example.device)}
+        if self.num_class_embeds is not None:
+            inputs["class_labels"] = torch.tensor([0, self.no_class], device=example.device)
         with mock.patch.object(diffusion_model_unet, "get_timestep_embedding", embedding), torch.no_grad():
-            unet = torch.jit.trace(self.unet.eval(), (example, torch.tensor([3.0, 1.0], device=example.device)))
+            unet = torch.jit.trace(self.unet.eval(), example_kwarg_inputs=inputs)
         scriptable._modules["unet"] = unet
         return scriptable

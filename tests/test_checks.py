@@ -96,6 +96,29 @@ def test_a_cpu_gets_bfloat16_where_its_hardware_has_it(monkeypatch, amx, avx512,
     assert checks.amp_dtype("auto", torch.device("cpu")) is expected
 
 
+@pytest.mark.parametrize(
+    "sides, levels, safe",
+    [
+        ((32, 32, 32), 4, True),
+        ((16, 16, 16), 4, False),
+        ((64, 16, 64), 4, False),
+        ((8, 8, 8), 4, False),
+        ((4, 4), 2, True),
+    ],
+)
+def test_bfloat16_is_not_trained_on_a_cpu_where_its_gradients_are_wrong(monkeypatch, sides, levels, safe):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert checks.amp_dtype("auto", "cpu", sides, levels) is (torch.bfloat16 if safe else None)
+    if safe:
+        assert checks.amp_dtype("bfloat16", "cpu", sides, levels) is torch.bfloat16
+    else:
+        with pytest.raises(
+            BundleError, match="amp: 'bfloat16' .* coarsest of the network's 4 levels .* auto or float32"
+        ):
+            checks.amp_dtype("bfloat16", "cpu", sides, levels)
+    assert checks.amp_dtype("float32", "cpu", sides, levels) is None
+
+
 def test_gradients_are_added_over_whole_groups_of_iterations():
     checks.check_accumulation(4, max_iterations=8, checkpoint_interval=4)
     with pytest.raises(BundleError, match="checkpoint_interval: 6 .* accumulation_steps = 4 .* such as 8"):

@@ -22,6 +22,8 @@ def resolved(content, config):
         return {key: resolved(value, config) for key, value in content.items()}
     if content == "$len(@spatial_shape)":
         return len(config["spatial_shape"])
+    if content == "$len(@class_names) + 1 if @class_names else None":
+        return len(METADATA["class_names"]) + 1 if METADATA["class_names"] else None
     if isinstance(content, str) and re.fullmatch(r"@\w+", content):
         return resolved(config[content[1:]], config)
     return content
@@ -125,8 +127,9 @@ def test_a_preset_names_only_knobs_of_the_configs(preset):
     known = {
         key for name in ("train", "inference", "evaluate") for key in json.loads((CONFIGS / f"{name}.json").read_text())
     }
-    named = json.loads((CONFIGS / "presets" / preset).read_text())
-    assert {key.removeprefix("+") for key in named} <= known
+    content = json.loads((CONFIGS / "presets" / preset).read_text())
+    own = {key for key in content if f'"@{key}"' in json.dumps(content)}  # a knob that the preset itself uses
+    assert {key.removeprefix("+") for key in content} <= known | own
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
@@ -157,6 +160,11 @@ def test_requirements_are_pinned_and_the_metadata_says_the_same():
     assert pins == required
 
 
+def test_the_metadata_has_the_class_names_of_the_weights_that_come_with_the_bundle():
+    described = json.loads((ROOT / "models/model.json").read_text())
+    assert METADATA["class_names"] == (described.get("class_names") or [])
+
+
 def test_the_metadata_is_what_other_programs_read():
     assert METADATA["version"] in METADATA["changelog"]
     formats = METADATA["network_data_format"]
@@ -173,5 +181,14 @@ def test_json_is_indented_by_four(path):
 
 def test_nothing_of_scripts_stands_where_a_bare_archive_must_run():
     inference = json.loads((CONFIGS / "inference.json").read_text())
-    for key in ("preprocessing", "postprocessing", "inferer", "draw_noise", "affine", "voxel_size", "description"):
+    for key in (
+        "preprocessing",
+        "postprocessing",
+        "inferer",
+        "draw_noise",
+        "affine",
+        "voxel_size",
+        "description",
+        "class_names",
+    ):
         assert "scripts" not in json.dumps(inference[key])

@@ -1,14 +1,11 @@
 import csv
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from matplotlib import image as png
 
 from scripts import records
-from scripts.errors import BundleError
 
 
 def record_at(path, rows):
@@ -53,14 +50,3 @@ def test_the_curve_is_a_picture_and_nothing_half_written_stays(tmp_path):
     picture = png.imread(tmp_path / "curve.png")
     assert picture.shape[0] > 300 and picture[..., :3].std() > 0.05
     assert not list(tmp_path.glob("*.partial"))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_and_says_where(value):
-    state = SimpleNamespace(
-        output={"loss": torch.tensor(value)}, iteration=12, epoch=3, batch={"draw": torch.tensor([44, 45])}
-    )
-    with pytest.raises(BundleError, match=rf"loss is {value} at iteration 12 \(epoch 3, draws \[44, 45\]\)"):
-        records.StopOnNonFiniteLoss()(SimpleNamespace(state=state))
-    state.output["loss"] = torch.tensor(0.1)
-    records.StopOnNonFiniteLoss()(SimpleNamespace(state=state))

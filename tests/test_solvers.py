@@ -167,7 +167,7 @@ def test_unknown_words_and_misplaced_knobs_are_refused(scheduler, unet):
         DiffusionSampler(unet, scheduler, 5, sigma_max=80)
 
 
-def smooth_network(x, timesteps):
+def smooth_network(x, timesteps, class_labels=None):
     """A stand-in that is not linear in x and not chaotic."""
     return torch.sin(x + 0.01 * timesteps.view(-1, *[1] * (x.ndim - 1)))
 

@@ -1,0 +1,113 @@
+"""Measures class by class: the images of a class against the real images of the same class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.cohorts import HELD_OUT, Cohort, Cohorts
+from scripts.errors import BundleError
+from scripts.evaluation import Measure
+from scripts.report import HEADLINES
+
+
+class ByClass:
+    """Measure: what other measures find within each class; a row is called as theirs, with the class at its end.
+
+    The class of a file is the innermost of its folders whose name is in `class_names`. A held-out or synthetic cohort
+    without any such folder has no classes (an unconditional generator): all of it is compared with each class.
+
+    Args:
+        class_names: names of folders.
+        measures: measures of the evaluation, which stand before this one.
+        metrics: their rows that are kept; their figures are all drawn, class by class.
+    """
+
+    name = "by_class"
+    title = "Class by class"
+
+    def __init__(
+        self, class_names: Sequence[str], measures: Sequence[Measure], metrics: Sequence[str] = HEADLINES
+    ) -> None:
+        self.class_names, self.measures, self.metrics = list(class_names), list(measures), list(metrics)
+        self.counts: dict[str, list[int]] = {}
+        self._cohorts: Cohorts | None = None
+        self._parts: dict[str, Cohorts] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The knobs that change the result, and how many images `check` saw of each class."""
+        measures = {measure.name: measure.settings for measure in self.measures}
+        return {"class_names": self.class_names, "counts": self.counts, "metrics": self.metrics, "measures": measures}
+
+    def class_of(self, path: str) -> str | None:
+        """The innermost folder that is a class."""
+        return next((part for part in Path(path).parent.parts[::-1] if part in self.class_names), None)
+
+    def check(self, cohorts: Cohorts) -> None:
+        """The real cohort has two images of each class or more."""
+        self.counts = {
+            cohort.name: [[self.class_of(f) for f in cohort.files].count(name) for name in self.class_names]
+            for cohort in cohorts
+        }
+        for name, count in zip(self.class_names, self.counts[cohorts.real.name]):
+            if count < 2:
+                raise BundleError(
+                    f"class_names: {count} real images lie in a folder {name!r}; two or more of each of "
+                    f"{self.class_names} would be right"
+                )
+
+    def of_class(self, name: str, cohorts: Cohorts) -> Cohorts:
+        """The cohorts with the images of one class alone; synthetic ones of fewer than two images are left out."""
+        if self._cohorts is not cohorts:
+            self._cohorts, self._parts = cohorts, {}
+        if name not in self._parts:
+            real, *others = (self.part(name, cohort) for cohort in cohorts)
+            others = [cohort for cohort in others if len(cohort) >= 2]
+            unseen = next((cohort for cohort in others if cohort.name == HELD_OUT), None)
+            self._parts[name] = Cohorts(real, unseen, [cohort for cohort in others if cohort is not unseen])
+        return self._parts[name]
+
+    def part(self, name: str, cohort: Cohort) -> Cohort:
+        """The images of one class; all where the cohort has no classes."""
+        classes = [self.class_of(f) for f in cohort.files]
+        chosen = [i for i, found in enumerate(classes) if found == name or not any(classes)]
+        maps = cohort.label_maps and [cohort.label_maps[i] for i in chosen]
+        files = [cohort.files[i] for i in chosen]
+        arrays = {key: getattr(cohort, key)[chosen] for key in ("volumes", "voxel_size")}
+        return replace(cohort, files=files, label_maps=maps, **arrays)
+
+    def __call__(self, cohort: Cohort, cohorts: Cohorts) -> dict[str, Any]:
+        """The chosen rows of every class, metric by metric."""
+        rows, notes, data = [], [], {}
+        for name in self.class_names:
+            parts = self.of_class(name, cohorts)
+            own = next((part for part in parts if part.name == cohort.name), None)
+            if own is None:
+                notes.append(f"{cohort.name}: fewer than two images of the class {name}, so it has no rows.")
+                continue
+            data[name] = {measure.name: measure(own, parts) for measure in self.measures}
+            found = (row for result in data[name].values() for row in result["rows"])
+            rows += [(row["metric"], row | {"metric": f"{row['metric']}_{name}"}) for row in found]
+        if not any(self.class_of(f) for f in cohort.files):
+            notes.append(f"{cohort.name}: no folders of classes, so all of it is compared with each class.")
+        ordered = [row for metric in self.metrics for key, row in rows if key == metric]
+        return {"rows": ordered, "notes": notes, "data": data}
+
+    def draw(self, results: dict[str, dict], cohorts: Cohorts, folder: str) -> list[dict[str, Any]]:
+        """The figures of every measure for every class, in a folder a class."""
+        figures = []
+        for number, name in enumerate(self.class_names, 1):
+            place = f"class_{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}"
+            os.makedirs(os.path.join(folder, place), exist_ok=True)
+            parts = self.of_class(name, cohorts)
+            for measure in self.measures:
+                found = {part.name: results[part.name]["data"][name][measure.name] for part in parts}
+                for figure in measure.draw(found, parts, os.path.join(folder, place)):
+                    file = {"file": f"{place}/{figure['file']}"} if figure.get("file") else {}
+                    figures.append(figure | file | {"title": f"{name}: {figure['title']}"})
+        return figures
