@@ -78,6 +78,8 @@ def compiled(network: nn.Module, mode: str) -> nn.Module:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return fast(*args, **kwargs)
+        except torch.OutOfMemoryError:  # without the compiler it would be no less
+            raise
         except Exception as e:  # the compiler's own errors, or those of the C++ or Triton compiler that it calls
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
             logger.warning(f"compile: going on without torch.compile, which failed ({type(e).__name__}: {reason})")

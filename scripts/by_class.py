@@ -29,6 +29,7 @@ class ByClass:
 
     name = "by_class"
     title = "Class by class"
+    together = True
 
     def __init__(
         self, class_names: Sequence[str], measures: Sequence[Measure], metrics: Sequence[str] = HEADLINES

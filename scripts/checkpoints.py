@@ -8,17 +8,20 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
+from scripts.distributed import note_launch, started_anew
 from scripts.errors import BundleError
-from scripts.files import write_atomically
+from scripts.files import save_tensors, write_atomically
 from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
@@ -238,7 +241,8 @@ class ResumeHandler:
         ckpt_dir: where checkpoints are.
         parts: {"network", "ema", "optimizer"}: what to restore.
         sampler: a `DrawSampler`, told where to go on.
-        resume: continue from the newest checkpoint that loads whole; a torn one is passed over with a warning.
+        resume: continue from the newest checkpoint that loads whole; a torn one is passed over with a warning. A
+            training that the same torchrun starts anew does so too.
     """
 
     def __init__(self, ckpt_dir: str, parts: dict[str, Any], sampler: Any, resume: bool = False) -> None:
@@ -248,14 +252,22 @@ class ResumeHandler:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if not self.resume:
+        if not self.resume and not started_anew(self.ckpt_dir):
             self.set_aside()
+            note_launch(self.ckpt_dir)
             return
         content, path = newest_whole(self.ckpt_dir, (*self.parts, "iteration"), engine.state.device)
         if content is None:
             logger.warning(f"resume: no checkpoint in {self.ckpt_dir!r} loads; training starts from the beginning")
+            self.set_aside()
         else:
             self.load(content, path, engine)
+        first, last = (idist.all_reduce(engine.state.iteration, how) for how in ("MIN", "MAX"))
+        if first != last:
+            raise BundleError(
+                f"ckpt_dir: the processes of this run found different newest checkpoints in {self.ckpt_dir!r}, of "
+                f"iterations {first} to {last}; it must be a folder that all of them share"
+            )
 
     def load(self, content: dict, path: str, engine: Engine) -> None:
         for key in ("network", "ema"):
@@ -269,6 +281,8 @@ class ResumeHandler:
         logger.info(f"resumed after iteration {content['iteration']} from {path}")
 
     def set_aside(self) -> None:
+        if idist.get_rank() != 0:
+            return
         earlier = checkpoints_in(self.ckpt_dir)
         weights = [path for n in ("model.pt", "model.json") if os.path.exists(path := os.path.join(self.ckpt_dir, n))]
         if not earlier and not weights:
@@ -280,12 +294,48 @@ class ResumeHandler:
         logger.warning(f"{what} were moved to {folder}" + (" (--resume true goes on)" if earlier else ""))
 
 
+def bytes_of(content: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        content = content.values()
+    return sum(map(bytes_of, content)) if isinstance(content, (list, tuple, type({}.values()))) else 0
+
+
+def check_space(ckpt_dir: str, network: nn.Module, checkpoints_kept: int) -> None:
+    """There is room for the checkpoints of a training with Adam, 4 times the network each, and for model.pt.
+
+    Checkpoints that are there already count as room, since they are replaced, or their place is known to be enough.
+
+    Raises:
+        BundleError: not even one checkpoint fits. If one does, but not all that are kept, there is a warning.
+    """
+    weights = bytes_of(network.state_dict())
+    one, all_of_them = (
+        5 * weights,
+        (4 * (checkpoints_kept + 1) + 1) * weights,
+    )  # an old one goes after a new one is there
+    free = shutil.disk_usage(ckpt_dir).free
+    there = sum(map(os.path.getsize, checkpoints_in(ckpt_dir)))
+    sizes = (
+        f"{free / 2**20:.0f} MiB are free in {ckpt_dir!r}, and a checkpoint with its model.pt takes {one / 2**20:.0f}"
+    )
+    if free < one:
+        raise BundleError(f"ckpt_dir: {sizes}; make room, or give a ckpt_dir on another disk")
+    if free + there < all_of_them:
+        logger.warning(
+            f"ckpt_dir: {sizes}; checkpoints_kept = {checkpoints_kept} need {all_of_them / 2**20:.0f} MiB: the disk "
+            "will be full before the end"
+        )
+
+
 class CheckpointHandler(IntervalHandler):
     """Trainer handler, the last of all: save everything every `interval` iterations and at the end.
 
     Files in `ckpt_dir`: checkpoint_00001000.pt (network, EMA, optimizer, gradient scaler, iteration), the newest
     `keep` of them; model.pt, the EMA weights as a plain state dict; model.json, which describes them. Ignite's
-    `Checkpoint` does not flush to the disk, so it is not used.
+    `Checkpoint` does not flush to the disk, so it is not used. Of several processes, rank 0 writes.
 
     Args:
         ckpt_dir: where to save.
@@ -293,31 +343,69 @@ class CheckpointHandler(IntervalHandler):
         interval: in iterations.
         keep: number of checkpoints to keep.
         description: for model.json: knobs that inference needs to know.
+        records: things with a `flush`, called first: what was recorded up to a checkpoint is on the disk before it is.
     """
 
-    def __init__(self, ckpt_dir: str, parts: dict[str, Any], interval: int, keep: int, description: dict) -> None:
+    def __init__(
+        self,
+        ckpt_dir: str,
+        parts: dict[str, Any],
+        interval: int,
+        keep: int,
+        description: dict,
+        records: Sequence[Any] = (),
+    ) -> None:
         super().__init__(interval)
         self.ckpt_dir, self.parts, self.keep = ckpt_dir, parts, keep
-        self.description = description
+        self.description, self.records = description, records
+        self.newest: int | None = None  # iteration of the newest checkpoint of this process
+        self.seconds = 0.0  # that the slowest save took
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        super().attach(engine)
+
+    def start(self, engine: Engine) -> None:
+        """A kill may have come between a checkpoint and its model.pt: a run that goes on writes that anew."""
+        self.newest = None
+        if engine.state.iteration and idist.get_rank() == 0:
+            os.makedirs(self.ckpt_dir, exist_ok=True)
+            self.save_weights(engine.state.iteration, self.parts["ema"].state_dict())
 
     def __call__(self, engine: Engine) -> None:
+        if self.newest == engine.state.iteration:
+            return
+        start = time.monotonic()
         content = {key: part.state_dict() for key, part in self.parts.items()}
         scaler = getattr(engine, "scaler", None)
         content |= {"iteration": engine.state.iteration, "scaler": scaler.state_dict() if scaler is not None else None}
-        self.save(content)
+        if idist.get_rank() == 0:
+            self.save(content)
+        self.newest = engine.state.iteration
+        self.seconds = max(self.seconds, time.monotonic() - start)
+
+    def path(self, iteration: int) -> str:
+        return os.path.join(self.ckpt_dir, f"checkpoint_{iteration:08d}.pt")
 
     def save(self, content: dict) -> None:
         """Write a checkpoint, and the model.pt and model.json that belong to it."""
-        iteration = content["iteration"]
         os.makedirs(self.ckpt_dir, exist_ok=True)
-        write_atomically(
-            os.path.join(self.ckpt_dir, f"checkpoint_{iteration:08d}.pt"), lambda path: torch.save(content, path)
-        )
-        description = json.dumps({"iteration": iteration, **self.description}, indent=4) + "\n"
-        write_atomically(os.path.join(self.ckpt_dir, "model.pt"), lambda path: torch.save(content["ema"], path))
-        write_atomically(os.path.join(self.ckpt_dir, "model.json"), lambda path: Path(path).write_text(description))
+        for record in self.records:
+            record.flush()
+        write_atomically(self.path(content["iteration"]), lambda path: save_tensors(content, path))
+        self.save_weights(content["iteration"], content["ema"])
         for path in checkpoints_in(self.ckpt_dir)[self.keep :]:
             os.remove(path)
+
+    def save_weights(self, iteration: int, weights: dict[str, torch.Tensor]) -> None:
+        """Write model.pt and model.json, which never belong to two trainings, even if a kill comes between them."""
+        model = os.path.join(self.ckpt_dir, "model.pt")
+        description = {"iteration": iteration, **json.loads(json.dumps(self.description))}
+        if described(model) | {"iteration": iteration} != description and os.path.exists(model):
+            os.remove(model)  # of an earlier training, which `ResumeHandler` has copied
+        text = json.dumps(description, indent=4) + "\n"
+        write_atomically(os.path.join(self.ckpt_dir, "model.json"), lambda path: Path(path).write_text(text))
+        write_atomically(model, lambda path: save_tensors(weights, path))
 
 
 def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
@@ -340,7 +428,7 @@ def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
             contiguous = {name: t.contiguous() for name, t in state_dict.items()}
             Path(temporary).write_bytes(safetensors.torch.save(contiguous))
         else:
-            torch.save(state_dict, temporary)
+            save_tensors(state_dict, temporary)
 
     write_atomically(path, write)
     write_atomically(os.path.splitext(path)[0] + ".json", lambda temporary: Path(temporary).write_text(text))

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from scripts.errors import BundleError
 
+LONGEST_NAME = 100  # bytes; it becomes the name of a folder and a part of dataset_<name>.json
+
 
 def check_classes(class_names: Sequence[str] | None, class_dropout: float = 0.0) -> None:
     """Names are distinct words that can be folders and are no index; the share of dropped labels lies in [0, 1].
@@ -22,12 +24,16 @@ def check_classes(class_names: Sequence[str] | None, class_dropout: float = 0.0)
     """
     names = class_names or []
     usable = isinstance(names, (list, tuple)) and all(
-        isinstance(name, str) and re.fullmatch(r"[^\W\d_][^/\\\n]*", name) for name in names
+        isinstance(name, str)
+        and re.fullmatch(r"[^\W\d_][^/\\]*", name)
+        and name.isprintable()  # no line break, no NUL, no half of a character
+        and len(name.encode()) <= LONGEST_NAME
+        for name in names
     )
     if not usable or len(set(names)) < len(names):
         raise BundleError(
             f"class_names: {class_names!r} was given; it must be null or a list of different names, each beginning "
-            "with a letter and without a slash, such as ['glioma', 'no_tumor']"
+            f"with a letter, without a slash and of at most {LONGEST_NAME} bytes, such as ['glioma', 'no_tumor']"
         )
     number = isinstance(class_dropout, (int, float)) and not isinstance(class_dropout, bool)
     if not number or not 0 <= class_dropout <= 1:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import ignite.distributed as idist
 import numpy as np
 from tqdm import tqdm
 
@@ -132,7 +133,12 @@ def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
     if not os.path.isdir(label_dir):
         raise BundleError(f"label_dirs: {label_dir!r}: there is no such folder; a folder of label maps would be right")
     maps = [item["image"] for item in find_images(label_dir)]
-    matches = [[m for m in maps if stem(m) == stem(i) or stem(m).startswith(stem(i) + "_")] for i in images]
+    of_stem: dict[str, list[str]] = {}  # each beginning of a name that ends before "_": one look a file, not a product
+    for label_map in maps:
+        name = stem(label_map)
+        for end in {len(name), *(i for i, letter in enumerate(name) if letter == "_")}:
+            of_stem.setdefault(name[:end], []).append(label_map)
+    matches = [of_stem.get(stem(image), []) for image in images]
     for image, found in zip(images, matches):
         if len(found) > 1:
             raise BundleError(f"label_dirs: {image!r} has {len(found)} label maps, {found}; one would be right")
@@ -224,17 +230,27 @@ def load_cohorts(
     files: dict[str, list[str]] = {}
     for name, folder in folders.items():
         images = find_images(folder, None, dims) if isinstance(folder, str) else [{"image": f} for f in folder]
-        good = [item["image"] for item in readable(images[:max_volumes], skip_bad_files, f"{name} volumes", dims)]
+        checked_path = os.path.join(cache_dir, "checked.json")
+        usable = readable(images[:max_volumes], skip_bad_files, f"{name} volumes", dims, checked_path)
+        good = [item["image"] for item in usable]
         if len(good) < 2:
             where = folder if isinstance(folder, str) else real_dir
             raise BundleError(f"{name} volumes: {where!r} holds {len(good)} usable volumes; at least 2 would be right")
         files[name] = good
-    cohorts = {
-        name: load_cohort(
-            name, f, transform, cache_dir, (label_dirs or {}).get(name), num_workers, spatial_shape, transform_on_grid
-        )
-        for name, f in files.items()
-    }
+    with idist.one_rank_first():  # it fills the cache
+        cohorts = {
+            name: load_cohort(
+                name,
+                f,
+                transform,
+                cache_dir,
+                (label_dirs or {}).get(name),
+                num_workers,
+                spatial_shape,
+                transform_on_grid,
+            )
+            for name, f in files.items()
+        }
     names = list(cohorts)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:

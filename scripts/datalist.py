@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
@@ -10,19 +12,27 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
+import PIL
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.openers import ImageOpener
+from nibabel.volumeutils import apply_read_scaling
 from PIL import Image
 from tqdm import tqdm
 
 from scripts.errors import BundleError
+from scripts.files import write_atomically
 from scripts.slices import grey, is_picture
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".nii", ".nii.gz")
 SMALLEST_SIDE = 8  # voxels; below it there is nothing to learn from and most likely the file is a slice or a localiser
+MOST_VOXELS = 2**30  # 1024^3, 4 GB as float32; a damaged or hostile header claims any number
+MOST_HEADER = 2**26  # bytes before the voxels
+SPACINGS = (1e-4, 1e6)  # mm; wide, since some files are in metres or micrometres
+CHUNK = 2**20  # voxels that are looked at together: a check takes little memory, whatever the file unpacks to
 
 
 def stem(path: str) -> str:
@@ -46,13 +56,12 @@ def find_images(dataset_dir: str, mask_suffix: str | None = None, spatial_dims: 
     """
     if mask_suffix and spatial_dims == 2:
         raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; null would be right")
-    root = Path(dataset_dir)
-    named = (
-        p
-        for p in root.rglob("*")
-        if (p.name.endswith(SUFFIXES) or spatial_dims == 2 and is_picture(p.name)) and not p.is_dir()
-    )
-    files = sorted(str(p) for p in named if not any(part[0] == "." for part in p.relative_to(root).parts))
+    files = []
+    for folder, subfolders, names in os.walk(dataset_dir):
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        wanted = [name for name in names if name.endswith(SUFFIXES) or spatial_dims == 2 and is_picture(name)]
+        files += [str(Path(folder, name)) for name in wanted if name[0] != "."]
+    files.sort()
     if not mask_suffix:
         return [{"image": f} for f in files]
     masks = {(os.path.dirname(f), stem(f)): f for f in files if stem(f).endswith(mask_suffix)}
@@ -75,11 +84,82 @@ def shape_of(path: str) -> tuple[int, ...]:
     return tuple(nib.load(path).shape)
 
 
+def check_header(path: str) -> None:
+    """Raises ValueError for a header that nibabel must not even see: it reads all before the voxels into memory."""
+    with ImageOpener(path) as file:
+        block = file.read(nib.Nifti2Header.sizeof_hdr + 1)
+        second = any(block[:4] == nib.Nifti2Header.sizeof_hdr.to_bytes(4, order) for order in ("little", "big"))
+        kind = nib.Nifti2Header if second else nib.Nifti1Header
+        header = kind(block[: kind.sizeof_hdr], check=False)
+        offset, place = header["vox_offset"], kind.sizeof_hdr + 4
+        if not 0 <= offset <= MOST_HEADER:
+            raise ValueError(f"its voxels would begin at byte {offset:g}, more than {MOST_HEADER}")
+        extended = block[kind.sizeof_hdr : kind.sizeof_hdr + 1] > b"\0"
+        while extended and offset - place >= 16:  # each extension begins with its size
+            file.seek(place)
+            size = int.from_bytes(file.read(4), "little" if header.endianness == "<" else "big", signed=True)
+            if not 16 <= size <= offset - place:
+                raise ValueError(f"it would have an extension of {size} bytes in the {offset:g} before its voxels")
+            place += size
+    if header["sform_code"] == 0 and 0 in header["pixdim"][1 : 1 + min(3, header["dim"][0])]:
+        raise ValueError(f"its voxels would have the size {header['pixdim'][1:4].tolist()} mm")
+    bits = header.get_data_dtype().itemsize * 8
+    if header["bitpix"] not in (0, bits):
+        raise ValueError(f"its voxels would have {header['bitpix']} bits, and {bits} by their type")
+
+
+def problem_of_two_sizes(header: nib.Nifti1Header, affine: np.ndarray, spacing: np.ndarray) -> str:
+    """`problem_of` an sform that pixdim contradicts, where there is no qform to decide.
+
+    MONAI's reader then takes the rotation of that qform, which nobody has set: left and right may change places.
+    """
+    if header["sform_code"] == 0 or header["qform_code"] != 0:
+        return ""
+    sizes = np.abs(header.get_zooms()[:3])
+    if np.allclose(spacing[: len(sizes)], sizes):
+        return ""
+    if np.allclose(spacing[: len(sizes)], sizes, rtol=0.01):
+        turned = [nib.aff2axcodes(each) for each in (affine, header.get_qform())]
+        if turned[0] == turned[1]:
+            return ""
+    return (
+        f"has voxels of {spacing.round(6).tolist()} mm by its sform and of {sizes.round(6).tolist()} mm by its pixdim, "
+        "and no qform; one size would be right"
+    )
+
+
+def problem_of_voxels(path: str, data: ArrayProxy) -> str:
+    """`problem_of` the voxels of a file, a chunk at a time; they must end where the file ends."""
+    left, not_finite, lowest, highest = int(np.prod(data.shape, dtype=object)), 0, np.inf, -np.inf
+    unscaled = (data.slope, data.inter) == (1, 0) and data.dtype.kind in "iu"
+    with ImageOpener(path) as file:
+        file.seek(data.offset)
+        while left:
+            chunk = file.read(min(left, CHUNK) * data.dtype.itemsize)
+            if len(chunk) < min(left, CHUNK) * data.dtype.itemsize:
+                raise EOFError("voxels are missing at its end")
+            values = np.frombuffer(chunk, data.dtype)
+            left -= len(values)
+            if not unscaled:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    values = apply_read_scaling(values, data.slope, data.inter).astype(np.float32)  # as training does
+                not_finite += int((~np.isfinite(values)).sum())
+            lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        if file.read(1):  # nothing; then gzip compares its checksum
+            raise ValueError(f"it goes on after the {np.prod(data.shape)} voxels that its header names")
+    if not_finite:
+        return f"holds {not_finite} voxels that are NaN or infinite; finite numbers would be right"
+    if lowest == highest:
+        return f"holds the same value, {lowest}, in every voxel; an image would be right"
+    return ""
+
+
 def problem_of(path: str, spatial_dims: int = 3) -> str:
     """Why a file cannot be used for training, as half a sentence; an empty string where it can."""
     if is_picture(path):
         return problem_of_picture(path)
     try:
+        check_header(path)
         image = nib.load(path)
         shape = image.shape
         while len(shape) > spatial_dims and shape[-1] == 1:
@@ -94,22 +174,21 @@ def problem_of(path: str, spatial_dims: int = 3) -> str:
         spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
             return f"has an affine that cannot be inverted (voxel size {spacing.round(6).tolist()} mm)"
-        data = image.dataobj
-        layout = (data.shape, data.dtype, data.offset, data.slope, data.inter)
-        with ImageOpener(path) as file:
-            voxels = np.asanyarray(ArrayProxy(file, layout, mmap=False))
-            file.read()  # to the end, where gzip keeps its checksum
+        if not SPACINGS[0] <= spacing.min() <= spacing.max() <= SPACINGS[1]:
+            return f"has a voxel size of {spacing.tolist()} mm; from {SPACINGS[0]} to {SPACINGS[1]:g} would be right"
+        if problem := problem_of_two_sizes(image.header, image.affine, spacing):
+            return problem
+        sides = np.array(shape) * spacing[: len(shape)]  # mm; training pads to a box of equal sides
+        voxels = np.prod(shape, dtype=float) * np.prod(sides.max() / sides)
+        if voxels > MOST_VOXELS:
+            return (
+                f"has shape {tuple(image.shape)} and a voxel size of {spacing.round(6).tolist()} mm, in a box of equal "
+                f"sides {voxels:.3g} voxels; at most {MOST_VOXELS} would be right"
+            )
+        return problem_of_voxels(path, image.dataobj)
     except Exception as e:  # nibabel, zlib and numpy each raise their own for a damaged file
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         return f"cannot be read as a NIfTI volume ({reason[:160]}); it may be truncated or of another kind"
-    lowest, highest = voxels.min(), voxels.max()
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
-        return (
-            f"holds {int((~np.isfinite(voxels)).sum())} voxels that are NaN or infinite; finite numbers would be right"
-        )
-    if lowest == highest:
-        return f"holds the same value, {lowest}, in every voxel; an image would be right"
-    return ""
 
 
 def problem_of_picture(path: str) -> str:
@@ -142,22 +221,65 @@ def problem_of_item(item: dict[str, str], spatial_dims: int = 3) -> str:
     return problem
 
 
+def version_of_checks() -> str:
+    """A hash of the code that checks files; another one, and all of them are checked anew."""
+    here = Path(__file__)
+    versions = [here.read_bytes(), here.with_name("slices.py").read_bytes(), nib.__version__, PIL.__version__]
+    return hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest()
+
+
+def mark_of(item: dict[str, str], spatial_dims: int) -> str | None:
+    """A hash of path, size and time of change of an image and its mask; None where one of them is not there."""
+    marked = hashlib.blake2b(str(spatial_dims).encode(), digest_size=16)
+    try:
+        for key in ("image", "mask"):
+            if path := item.get(key):
+                stat = os.stat(path)
+                marked.update(os.fsencode(os.path.abspath(path)) + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+    except (OSError, ValueError):
+        return None
+    return marked.hexdigest()
+
+
+def read_marks(path: str | None, version: str) -> set[str]:
+    """Marks of the files that were found to be good by checks of this version; empty where the file is of no use."""
+    try:
+        content = json.loads(Path(path).read_text())
+        return set(map(str, content["good"])) if content["version"] == version else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def write_marks(path: str, version: str, marks: set[str]) -> None:
+    """Keep marks for `read_marks`; where that cannot be done, the next start checks all files again and it is said."""
+    text = json.dumps({"version": version, "good": sorted(marks)})
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    except (OSError, BundleError) as e:
+        logger.warning(f"the next start will check all files again: {e}")
+
+
 def readable(
-    images: Sequence[dict[str, str]], skip_bad_files: bool = False, key: str = "dataset_dir", spatial_dims: int = 3
+    images: Sequence[dict[str, str]],
+    skip_bad_files: bool = False,
+    key: str = "dataset_dir",
+    spatial_dims: int = 3,
+    checked_path: str | None = None,
 ) -> list[dict[str, str]]:
     """Read every file once, in parallel, and give back those that can be used.
 
     Args:
         key: what the user knows the files by, for the message.
         spatial_dims: 2 or 3, what the files must have.
+        checked_path: JSON file that remembers which files were good, by path, size and time of change, so that they
+            are not read again; None for no such memory. In a distributed run the first process checks for all.
 
     Raises:
         BundleError: lists ALL files that cannot be used, unless `skip_bad_files`, which warns of each instead.
     """
-    # decompression leaves the interpreter lock; each thread holds one volume, so not as many as a large machine has
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        checked = pool.map(partial(problem_of_item, spatial_dims=spatial_dims), images)
-        problems = list(tqdm(checked, "checking files", len(images), disable=not images, leave=False))
+    with idist.one_rank_first():
+        problems = problems_of_all(images, spatial_dims, checked_path)
     bad = [f"{item['image']!r} {problem}" for item, problem in zip(images, problems, strict=True) if problem]
     if bad and not skip_bad_files:
         files = "file" if len(bad) == 1 else "files"
@@ -168,6 +290,24 @@ def readable(
     for line in bad:
         logger.warning(f"skipped: {line}")
     return [item for item, problem in zip(images, problems, strict=True) if not problem]
+
+
+def problems_of_all(images: Sequence[dict[str, str]], spatial_dims: int, checked_path: str | None) -> list[str]:
+    """`problem_of_item` of each; what `checked_path` remembers as good is not read, see `readable`."""
+    version = version_of_checks()
+    known = read_marks(checked_path, version)
+    marks = [mark_of(item, spatial_dims) for item in images] if checked_path else [None] * len(images)
+    unknown = [item for item, mark in zip(images, marks, strict=True) if mark not in known]
+    # decompression leaves the interpreter lock; each thread holds a part of one volume
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        checked = pool.map(partial(problem_of_item, spatial_dims=spatial_dims), unknown)
+        found = iter(list(tqdm(checked, "checking files", len(unknown), disable=not unknown, leave=False)))
+    problems = ["" if mark in known else next(found) for mark in marks]
+    good = {mark for mark, problem in zip(marks, problems, strict=True) if mark and not problem}
+    if checked_path and good - known and idist.get_rank() == 0:
+        # marks of other folders are kept, as several cohorts share a file, but not without end
+        write_marks(checked_path, version, good | known if len(known) < 10 * len(good) + 10_000 else good)
+    return problems
 
 
 def subject_of(path: str) -> str:

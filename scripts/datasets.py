@@ -2,39 +2,186 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
+import logging
 import os
-import zipfile
+import pickle
+import re
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import monai.data
+import ignite.distributed as idist
+import monai
 import numpy as np
+import torch
+from ignite.engine import Engine, Events
 from monai.data import CacheDataset, PersistentDataset
-from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
-from scripts.errors import BundleError
+from scripts.errors import BundleError, root_bundle_error
 from scripts.files import write_atomically
 
+logger = logging.getLogger(__name__)
 CACHES = ("memory", "disk", "none")
+
+
+def hash_of(content: Any) -> str:
+    """A hash of a structure by its values alone; a plain pickle also tells which of its strings are one object."""
+    pickled = io.BytesIO()
+    pickler = pickle.Pickler(pickled)
+    pickler.fast = True  # without that memory
+    pickler.dump(content)
+    return hashlib.sha256(pickled.getvalue()).hexdigest()
 
 
 def stamped_hashing(item: dict) -> bytes:
     """Cache key of {"image": path, ...}: the paths, and size and time of each file: one that was replaced is new."""
     stats = {key: os.stat(path) for key, path in item.items() if os.path.isfile(path)}
-    return pickle_hashing([sorted(item.items()), sorted((k, s.st_size, s.st_mtime_ns) for k, s in stats.items())])
+    return hash_of([sorted(item.items()), sorted((k, s.st_size, s.st_mtime_ns) for k, s in stats.items())]).encode()
+
+
+class Named(Transform):
+    """Transforms as one, whose every failure is a sentence that names the file: it may have vanished since the start.
+
+    Raises:
+        BundleError
+    """
+
+    def __init__(self, transform: Callable[[dict], dict]) -> None:
+        self.transform = transform
+
+    def __call__(self, data: dict) -> dict:
+        try:
+            return self.transform(data)
+        except Exception as e:  # every reader and transform raises its own
+            if found := root_bundle_error(e):
+                raise found from None
+            cause: BaseException = e
+            while cause.__cause__ is not None:  # MONAI says "applying transform ..." on the way
+                cause = cause.__cause__
+            reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:160]}"
+            missing = [path for path in data.values() if isinstance(path, str) and not os.path.exists(path)]
+            raise BundleError(
+                f"{(missing or [data.get('image')])[0]!r} cannot be read now "
+                f"({'there is no such file any more' if missing else reason}), although it was checked "
+                "at the start; was it moved, changed, or its disk removed? With it back, --resume true goes on"
+            ) from e
+
+
+def version_of_code() -> str:
+    """A hash of the code that preprocesses images: what was cached with another one is not used."""
+    here = Path(__file__)
+    sources = [here.with_name(name).read_bytes() for name in ("transforms.py", "slices.py")]
+    return hashlib.sha256(repr([*sources, monai.__version__]).encode()).hexdigest()
 
 
 class DiskCache(PersistentDataset):
-    """`PersistentDataset` that makes a half written file (full disk, killed run) anew instead of failing on it."""
+    """`PersistentDataset` that several processes may fill at once, and that a kill or a full disk cannot spoil.
+
+    The volume of a file lies in `cache_dir`/<hash of transforms, their code and MONAI's version>/<hash of path, size,
+    time of change>.pt. A process writes it under a name that no other has and renames it (MONAI moves it from the
+    system's temporary folder, which across two disks is a copy that others can see half done). What does not load whole
+    is made anew; it is loaded with `weights_only`, so nothing in it is executed.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Callable, cache_dir: str) -> None:
+        super().__init__(data, Named(transform), cache_dir, stamped_hashing)
+        # the single transforms: a `Compose` holds a random state, which is another one in every run
+        steps = transform.flatten().transforms if isinstance(transform, Compose) else [transform]
+        parts = [step if isinstance(step, Transform) else getattr(step, "__qualname__", "") for step in steps]
+        self.transform_hash = hash_of([*parts, version_of_code()])[:16]
+        self.folder = self.cache_dir / self.transform_hash
+        self.warned = False
+        for path in self.folder.glob("*.partial"):  # of a run that was killed
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - 3600:
+                    path.unlink()
+        mention_others(str(self.cache_dir), self.transform_hash)
 
     def _cachecheck(self, item: dict) -> dict:
-        path = self.cache_dir / f"{self.hash_func(item).decode()}{self.transform_hash}.pt"
-        if path.is_file() and not zipfile.is_zipfile(path):
-            path.unlink(missing_ok=True)
-        return super()._cachecheck(item)
+        path = self.folder / f"{self.hash_func(item).decode()}.pt"
+        try:
+            return torch.load(path, weights_only=True)
+        except FileNotFoundError:
+            pass
+        except Exception as e:  # torch.load has many ways to fail on a damaged file
+            logger.warning(f"cache: {str(path)!r} does not load ({type(e).__name__}) and is made anew")
+        content = convert_to_tensor(self._pre_transform(deepcopy(item)), convert_numeric=False, track_meta=False)
+        self.keep(content, path)
+        return content
+
+    def keep(self, content: dict, path: Path) -> None:
+        """Write one volume; where that fails, training goes on without and it is said once."""
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            self.folder.mkdir(exist_ok=True, parents=True)
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if not self.warned:
+                logger.warning(f"cache: {str(path)!r} could not be written ({e}); going on without it")
+            self.warned = True
+
+
+@lru_cache  # once a process: training and validation share a folder
+def mention_others(cache_dir: str, used: str) -> None:
+    """Say what else a cache holds, which nobody may need any more; nothing is removed, another run may be using it."""
+    others = [entry for entry in os.scandir(cache_dir) if entry.name != used]
+    files = [f for e in others for f in (os.scandir(e) if e.is_dir() else [e]) if f.name.endswith(".pt")]
+    if files:
+        size = sum(file.stat().st_size for file in files) / 1e6
+        logger.info(
+            f"cache: {cache_dir!r} also holds {len(files)} volumes ({size:.0f} MB) of other settings or versions, "
+            f"which may be deleted if no run needs them; here only {used} is used"
+        )
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Let the `BundleError` at the bottom of what MONAI raises come out alone."""
+    try:
+        yield
+    except Exception as e:
+        if found := root_bundle_error(e):
+            raise found from None
+        raise
+
+
+class LoaderErrors:
+    """Trainer handler: what goes wrong in a loader process ends the run at once with a `BundleError` of one sentence.
+
+    torch hands on an error as the text of a traceback. Where a process has died it raises RuntimeError, from a signal
+    handler and so anywhere in the main program, or what ends the connection through which a batch was on its way.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self)
+
+    def __call__(self, engine: Engine, error: BaseException) -> None:
+        text = str(error)
+        if isinstance(error, BundleError) and text.startswith("Caught "):
+            raise BundleError(text.rsplit("BundleError: ", 1)[-1].strip()) from None
+        found = re.search(r"DataLoader worker \(pid.*(killed|exited)", text)
+        if isinstance(error, RuntimeError) and found or isinstance(error, (ConnectionError, EOFError)):
+            reason = (text.strip().splitlines() or [type(error).__name__])[0]
+            raise BundleError(
+                f"num_workers: a loader process has died ({reason}); if nobody stopped it, "
+                "memory ran out: fewer num_workers, `--cache disk` or a smaller batch_size would be right, and "
+                "--resume true goes on from the newest checkpoint"
+            ) from error
+        raise error
 
 
 class VolumeDataset(Dataset):
@@ -52,6 +199,9 @@ class VolumeDataset(Dataset):
 
     An item is {"image": float32 tensor (C, *spatial), "draw": int}, with its "class_label" if it has one. It is asked
     for by (index, draw), see `DrawSampler`; a plain index is its own draw.
+
+    Raises:
+        BundleError: names a file that cannot be read or preprocessed.
     """
 
     def __init__(
@@ -67,13 +217,14 @@ class VolumeDataset(Dataset):
         self.labels = [item.get("class_label") for item in data]
         data = [{key: value for key, value in item.items() if key != "class_label"} for item in data]
         if cache == "memory":
-            self.volumes: monai.data.Dataset = CacheDataset(
-                data, transform, num_workers=max(1, num_workers), copy_cache=False
-            )
+            with plain_errors():
+                self.volumes: monai.data.Dataset = CacheDataset(
+                    data, Named(transform), num_workers=max(1, num_workers), copy_cache=False
+                )
         elif cache == "disk":
-            self.volumes = DiskCache(data, transform, cache_dir, stamped_hashing, hash_transform=pickle_hashing)
+            self.volumes = DiskCache(data, transform, cache_dir)
         elif cache == "none":
-            self.volumes = monai.data.Dataset(data, transform)
+            self.volumes = monai.data.Dataset(data, Named(transform))
         else:
             raise BundleError(f"cache: {cache!r} is unknown; it must be one of {CACHES}")
         self.random_transform = random_transform
@@ -84,7 +235,8 @@ class VolumeDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index, draw = key if isinstance(key, tuple) else (key, key)
-        item = {"image": self.volumes[index]["image"].float()}
+        with plain_errors():
+            item = {"image": self.volumes[index]["image"].float()}
         if self.random_transform is not None:
             # three words, so that the stream differs from the one that `SeededPrepareBatch` draws noise from
             state = np.random.SeedSequence([self.seed, draw, 1]).generate_state(1)
@@ -110,7 +262,13 @@ class DrawSampler(Sampler):
     seeded permutation of the dataset after another.
 
     The batch of iteration k is draws k B .. (k + 1) B - 1, whatever was done before: set `iteration` and the stream
-    goes on exactly there.
+    goes on exactly there. Of n processes, which must divide B, each takes every n-th draw, beginning with its rank:
+    the batch is the same, whatever n is.
+
+    Args:
+        dataset: something with a length.
+        batch_size: B, of all processes together.
+        seed: of the permutations.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int = 0) -> None:
@@ -121,27 +279,33 @@ class DrawSampler(Sampler):
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        count, draw = len(self.dataset), self.iteration * self.batch_size
+        count, draw = len(self.dataset), self.iteration * self.batch_size + idist.get_rank()
         order, epoch = None, -1
         while count:
             if draw // count != epoch:
                 epoch = draw // count
                 order = np.random.default_rng([self.seed, epoch]).permutation(count)
             yield int(order[draw % count]), draw
-            draw += 1
+            draw += idist.get_world_size()
 
 
 class RepeatSampler(Sampler):
-    """(index, draw) for every volume `repeats` times in a row, always the same: for validation."""
+    """(index, draw) for every volume `repeats` times in a row, always the same: for validation.
+
+    Of several processes each takes its share of the draws, all equally many: some draws come twice where they do not
+    divide evenly.
+    """
 
     def __init__(self, dataset: Dataset, repeats: int = 4) -> None:
         self.dataset, self.repeats = dataset, repeats
 
     def __len__(self) -> int:
-        return len(self.dataset) * self.repeats
+        return -(-len(self.dataset) * self.repeats // idist.get_world_size())
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((draw // self.repeats, draw) for draw in range(len(self)))
+        first, step, count = idist.get_rank(), idist.get_world_size(), len(self.dataset) * self.repeats
+        draws = ((first + i * step) % count for i in range(len(self)))
+        return ((draw // self.repeats, draw) for draw in draws)
 
 
 def summarise(
@@ -177,6 +341,8 @@ def summarise(
         summary.setdefault("classes", {})[name] = {side: len(files) for side, files in of_class.items()}
         root, ending = os.path.splitext(path)
         written[f"{root}_{name}{ending}"] = of_class
+    if idist.get_rank() > 0:
+        return statistics["median"]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for place, content in written.items():
         text = json.dumps(content, indent=4)

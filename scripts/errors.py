@@ -20,7 +20,7 @@ def root_bundle_error(error: BaseException | None) -> BundleError | None:
 
 
 def report_plainly() -> None:
-    """Let an uncaught `BundleError` print its sentence instead of a traceback; the exit status stays 1.
+    """Let an uncaught `BundleError` or Ctrl-C print its sentence instead of a traceback; the status stays 1 or 130.
 
     Programs that import the bundle (MONAI Label, a notebook) still catch the exception as it is.
     """
@@ -28,7 +28,9 @@ def report_plainly() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         found = root_bundle_error(error)
-        if found is None:
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"error: {error or 'stopped by Ctrl-C'}", file=sys.stderr)
+        elif found is None:
             previous(kind, error, trace)
         else:
             print(f"error: {found}", file=sys.stderr)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events, State
 
 from scripts.cohorts import Cohort, Cohorts
+from scripts.distributed import gathered, share
 from scripts.errors import BundleError
 from scripts.files import write_atomically
 
@@ -30,11 +32,14 @@ class Measure(Protocol):
         name: stem of its files.
         title: its heading in the report.
         settings: every knob that changes the result, as JSON; a result of other settings is measured again.
+        together: true where several processes share the work of one cohort and all of them must be called; such a
+            measure may leave it out otherwise, and each process then takes some of the cohorts.
     """
 
     name: str
     title: str
     settings: dict[str, Any]
+    together: bool
 
     def check(self, cohorts: Cohorts) -> None:
         """Raise BundleError for what cannot work, before any long work."""
@@ -110,7 +115,8 @@ class CohortEvaluator(Engine):
     An Ignite engine: an iteration is one measure of one cohort. `run()` writes `metrics.json` (everything, with
     settings, files and notes), `metrics.csv` (a row a cohort), the figures in `figures/` and, as they come, single
     results in `parts/`: a run that was stopped goes on where it was. Handlers of EPOCH_COMPLETED find what metrics.json
-    holds in `state.evaluation`, and {"<cohort>/<metric>": value} in `state.metrics`.
+    holds in `state.evaluation`, and {"<cohort>/<metric>": value} in `state.metrics`. Several processes share the work
+    out, see `Measure`; rank 0 gathers, and the handlers of the others find nothing.
 
     Args:
         settings: what the user chose, for the record.
@@ -143,29 +149,42 @@ class CohortEvaluator(Engine):
         for folder in ("parts", "figures"):
             os.makedirs(os.path.join(self.output_dir, folder), exist_ok=True)
         self.marks = {cohort.name: fingerprint(cohort) for cohort in self.cohorts}
-        self.results: dict[str, dict[str, dict]] = {measure.name: {} for measure in self.measures}
-        return super().run([(measure, cohort) for measure in self.measures for cohort in self.cohorts], max_epochs=1)
+        parts = [(measure, cohort) for measure in self.measures for cohort in self.cohorts]
+        # what rank 0 finds, for all: each must know which parts the others will work on
+        self.known = gathered([kept(*self.place(*part)) for part in parts])[0]
+        alone = [i for i, (measure, _) in enumerate(parts) if not getattr(measure, "together", False)]
+        others = set(alone) - set(share(alone))
+        self.results: dict[tuple[str, str], dict] = {}
+        return super().run([(i, *part) for i, part in enumerate(parts) if i not in others], max_epochs=1)
 
-    def part(self, engine: Engine, batch: tuple[Measure, Cohort]) -> None:
-        """One measure of one cohort; what is in `parts/` already, of the same input, is taken from there."""
-        measure, cohort = batch
+    def place(self, measure: Measure, cohort: Cohort) -> tuple[str, str]:
+        """Where the result of a part is kept, and what it depends on."""
         held_out = self.cohorts.held_out
         reference = [self.marks[self.cohorts.real.name], self.marks[held_out.name] if held_out is not None else None]
         mark = self.marks[cohort.name]
-        path = os.path.join(self.output_dir, "parts", f"{measure.name}_{slug(cohort.name)}_{mark[:8]}.json")
-        key = json.dumps([measure.name, measure.settings, cohort.name, mark, reference], sort_keys=True)
-        if (result := kept(path, key)) is None:
+        path = os.path.join(self.output_dir, "parts", f"{measure.name}_{slug(cohort.name)[:80]}_{mark[:8]}.json")
+        return path, json.dumps([measure.name, measure.settings, cohort.name, mark, reference], sort_keys=True)
+
+    def part(self, engine: Engine, batch: tuple[int, Measure, Cohort]) -> None:
+        """One measure of one cohort; what is in `parts/` already, of the same input, is taken from there."""
+        number, measure, cohort = batch
+        path, key = self.place(measure, cohort)
+        if (result := self.known[number]) is None:
             logger.info(f"{measure.title}: {cohort.name} ({len(cohort)} volumes)")
             start = time.monotonic()
             result = measure(cohort, self.cohorts)
-            write_json({"key": key, "seconds": round(time.monotonic() - start, 1), "result": result}, path)
-            result = kept(path, key)  # as a later run will see it
+            if idist.get_rank() == 0 or not getattr(measure, "together", False):
+                write_json({"key": key, "seconds": round(time.monotonic() - start, 1), "result": result}, path)
+            result = json.loads(json.dumps(without_nan(result)))  # as a later run will see it
         else:
             logger.info(f"{measure.title}: {cohort.name}: taken from {path}")
-        self.results[measure.name][cohort.name] = result
+        self.results[measure.name, cohort.name] = result
 
     def gather(self) -> None:
         """Draw the figures, write metrics.csv and metrics.json, fill `state.evaluation` and `state.metrics`."""
+        found = {part: result for results in gathered(self.results) for part, result in results.items()}
+        if idist.get_rank() > 0:
+            return
         evaluation: dict[str, Any] = {
             "settings": self.settings,
             "shape": list(self.cohorts.real.volumes.shape[1:]),
@@ -174,7 +193,7 @@ class CohortEvaluator(Engine):
         }
         table: dict[str, dict[str, Any]] = {c.name: {"model": c.name, "volumes": len(c)} for c in self.cohorts}
         for measure in self.measures:
-            results = self.results[measure.name]
+            results = {cohort.name: found[measure.name, cohort.name] for cohort in self.cohorts}
             for name, result in results.items():
                 for row in result["rows"]:
                     metric, value = row["metric"], row["value"]

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.checks import check_positive, resolved_device
+from scripts.distributed import gathered, in_turn, share
 from scripts.errors import BundleError
 
 DOWNLOAD = "download"
@@ -43,9 +44,17 @@ class MissingWeights(Exception):
 
 
 def batches(volumes: np.ndarray, size: int, progress: str, device: torch.device) -> Iterator[torch.Tensor]:
-    """(N, *spatial) -> float32 batches (B, 1, *spatial) on the device, under a progress bar."""
-    for start in tqdm(range(0, len(volumes), size), progress, disable=not progress):
+    """(N, *spatial) -> float32 batches (B, 1, *spatial) on the device, under a progress bar.
+
+    Of several processes each gets its share of the batches; `all_batches` brings together what they made of them.
+    """
+    for start in tqdm(share(range(0, len(volumes), size)), progress, disable=not progress):
         yield torch.from_numpy(volumes[start : start + size].astype(np.float32))[:, None].to(device)
+
+
+def all_batches(found: list[np.ndarray]) -> np.ndarray:
+    """What all processes have found for their `batches`, (B, ...) each, in order: (N, ...). Collective."""
+    return np.concatenate(in_turn(gathered(found)))
 
 
 def file_mark(path: str) -> str:
@@ -214,7 +223,7 @@ class MedicalNet:
             mean = (x * brain).sum((1, 2, 3, 4), keepdim=True) / count
             std = (((x - mean) ** 2 * brain).sum((1, 2, 3, 4), keepdim=True) / count).sqrt().clamp(min=1e-6)
             features.append(self.network((x - mean) / std * brain).float().cpu().numpy())
-        return np.concatenate(features)[:, None, None]
+        return all_batches(features)[:, None, None]
 
 
 class SliceNetwork:
@@ -338,7 +347,7 @@ class SliceNetwork:
                 x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
             y = network((x.expand(-1, 3, -1, -1) - offset) / scale)
             features.append(y.flatten(2).mean(2).cpu().numpy() if y.ndim > 2 else y.cpu().numpy())
-        return np.concatenate(features).astype(np.float32)
+        return all_batches(features).astype(np.float32)
 
 
 class PCAFeatures:
@@ -398,7 +407,7 @@ class PCAFeatures:
                 energies.append(energy)
             low.append(x.flatten(1).cpu().numpy())
             detail.append(torch.cat(energies, 1).clamp(min=1e-8).log10().cpu().numpy())
-        return np.concatenate(low), np.concatenate(detail)
+        return all_batches(low), all_batches(detail)
 
     def fit(self, real: np.ndarray) -> None:
         """Fit the PCA and the standardisation on the real volumes (N, *spatial), N of 2 or more."""

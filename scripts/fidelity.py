@@ -176,6 +176,7 @@ class Fidelity:
 
     name = "fidelity"
     title = "Fidelity"
+    together = True
 
     def __init__(
         self, extractors: Sequence[Extractor], nearest_k: int = 5, num_resamples: int = 200, seed: int = 0

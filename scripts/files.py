@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from scripts.errors import BundleError
 
 
 def write_atomically(path: str, write: Callable[[str], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it: `path` is whole or absent.
+
+    A kill can leave `<path>.partial`, which the next run overwrites or `scripts.locks.lock_folders` removes.
 
     Raises:
         BundleError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
@@ -21,7 +26,36 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(temporary):
+    except BaseException as e:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise BundleError(f"{path!r} could not be written ({e}); earlier files are untouched") from e
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+            raise BundleError(f"{path!r} could not be written ({reason(e)}); earlier files are untouched") from e
+        raise
+    flush_folder(os.path.dirname(path) or ".")
+
+
+def flush_folder(folder: str) -> None:
+    """Let a rename in a folder survive a power failure, where the system and its file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_tensors(content: Any, path: str) -> None:
+    """`torch.save` through a file of Python's, whose errors say what is wrong: torch's own says "unexpected pos"."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def reason(error: BaseException) -> str:
+    """Why nothing could be written, in the system's words if they are somewhere in a chain of exceptions."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    return str(error)

@@ -216,6 +216,7 @@ class Memorisation:
 
     name = "memorisation"
     title = "Memorisation and privacy"
+    together = True
 
     def __init__(
         self,

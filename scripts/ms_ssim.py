@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ from tqdm import tqdm
 from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import check_positive, resolved_device
 from scripts.cohorts import Cohort, Cohorts
+from scripts.distributed import gathered
 from scripts.errors import BundleError
 from scripts.pictures import draw_box, save_figure
 
@@ -174,6 +176,7 @@ def scale_terms(
 
     What depends on one volume alone (its scales, F[x] and F[x^2]) is computed once a volume, and once more a block
     where the maps of all volumes would not fit `memory`: then the pairs are taken block of volumes by block of volumes.
+    Several processes share the pairs out, and all get the terms of all: each must call this.
 
     Args:
         first: (N, *spatial) float in [-1, 1], two or three spatial dims.
@@ -198,6 +201,22 @@ def scale_terms(
     window = protocol_for(protocol, first.shape[1:]).window
     device = torch.device(device)
     batch_size = batch_size or (1 if device.type == "cpu" else 16)
+    # neighbours share volumes, so each process takes one stretch of them
+    mine = np.array_split(pairs, idist.get_world_size())[idist.get_rank()]
+    return np.concatenate(gathered(_terms_of(arrays, mine, window, device, batch_size, memory, description)))
+
+
+def _terms_of(
+    arrays: tuple[np.ndarray, np.ndarray],
+    pairs: np.ndarray,
+    window: Window,
+    device: torch.device,
+    batch_size: int,
+    memory: float,
+    description: str | None,
+) -> np.ndarray:
+    """`scale_terms` of the pairs of this process."""
+    first = arrays[0]
     filters = _filters(first.shape[1:], window, device)
     # One number a volume: those of a second array follow those of the first.
     numbers = pairs.astype(np.int64) + np.array([0, 0 if arrays[1] is first else len(first)])
@@ -374,6 +393,7 @@ class Diversity:
 
     name = "diversity"
     title = "Diversity"
+    together = True
 
     def __init__(
         self,

@@ -6,12 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.utils import optional_import
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.distributed import gathered, shared_out
 from scripts.files import write_atomically
 from scripts.intervals import IntervalHandler
 from scripts.records import CsvRecord, draw_losses
@@ -98,6 +100,7 @@ def save_figure(figure: Figure, folder: str, file: str, title: str, caption: str
     return {"file": file, "title": title, "caption": caption}
 
 
+@idist.one_rank_only()
 def save_denoising(
     sampler: Callable[[torch.Tensor], torch.Tensor], noise: torch.Tensor, path: str, num_frames: int = 8
 ) -> None:
@@ -152,13 +155,18 @@ class PreviewHandler(IntervalHandler):
         self.labels = [i % len(class_names) for i in range(num_samples)] if class_names else None
 
     def strips(self, engine: Engine) -> list[np.ndarray]:
-        """The samples of the network as it is now, each as `triplanar` gives it."""
+        """The samples of the network as it is now, each as `triplanar` gives it; the processes share them out."""
         inputs = [self.noise] if self.labels is None else [self.noise, torch.tensor(self.labels)[:, None]]
-        volumes = [self.sampler(*(x.to(engine.state.device) for x in each)) for each in zip(*inputs)]
-        return [triplanar(volume[0, 0].cpu().numpy()) for volume in volumes]
+
+        def strip(each: tuple[torch.Tensor, ...]) -> np.ndarray:
+            return triplanar(self.sampler(*(x.to(engine.state.device) for x in each))[0, 0].cpu().numpy())
+
+        return shared_out(strip, list(zip(*inputs)))
 
     def __call__(self, engine: Engine) -> None:
         picture = mosaic(self.strips(engine), labels=self.labels)
+        if idist.get_rank() > 0:
+            return
         os.makedirs(self.folder, exist_ok=True)
         save_png(picture, os.path.join(self.folder, f"preview_{engine.state.iteration:08d}.png"), -1, 1)
         if self.summary_writer is not None:
@@ -204,10 +212,13 @@ class EpochsHandler:
     def __call__(self, engine: Engine) -> None:
         epoch, within = divmod(engine.state.iteration, engine.state.epoch_length)
         if within == 0 and epoch in self.epochs:
-            os.makedirs(self.previews.folder, exist_ok=True)
-            save_png(np.concatenate(self.previews.strips(engine), 0), self.column(epoch), -1, 1)
+            strips = self.previews.strips(engine)
+            if idist.get_rank() == 0:
+                os.makedirs(self.previews.folder, exist_ok=True)
+                save_png(np.concatenate(strips, 0), self.column(epoch), -1, 1)
             self.draw(engine)
 
+    @idist.one_rank_only()
     def draw(self, engine: Engine) -> None:
         iterations = {epoch: epoch * engine.state.epoch_length for epoch in self.epochs}
         reached = [e for e, i in iterations.items() if i <= engine.state.iteration and os.path.exists(self.column(e))]
@@ -234,24 +245,31 @@ class MosaicHandler:
     """Evaluator handler: collect the middle slices of every volume of a run and write one mosaic at its end.
 
     Volumes of several classes stand in a row a class. Expects `engine.state.output` as a list of {"pred": (1, *spatial)
-    in [0, 255]} and `engine.state.batch` as a list of {"class_label": index}.
+    in [0, 255]} and `engine.state.batch` as a list of {"image": noise with meta "volume", "class_label": index}.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.strips: list[np.ndarray] = []
-        self.labels: list[int] = []
+        self.strips: dict[int, tuple[np.ndarray, int]] = {}  # by volume, with its class
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.strips.clear)
-        engine.add_event_handler(Events.STARTED, self.labels.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
+    def add(self, volume: int, voxels: np.ndarray, class_label: int) -> None:
+        """One volume (*spatial); one that was there before the run, too."""
+        self.strips[volume] = triplanar(voxels), class_label
+
     def __call__(self, engine: Engine) -> None:
-        self.strips += [triplanar(torch.as_tensor(item["pred"])[0].cpu().numpy()) for item in engine.state.output]
-        self.labels += [int(item["class_label"]) for item in engine.state.batch]
+        for item, output in zip(engine.state.batch, engine.state.output):
+            voxels = torch.as_tensor(output["pred"])[0].cpu().numpy()
+            self.add(int(item["image"].meta["volume"]), voxels, int(item["class_label"]))
 
     def write(self, engine: Engine) -> None:
-        save_png(mosaic(self.strips, labels=self.labels), self.path, 0, 255)
-        logger.info(f"{len(self.strips)} volumes as one picture: {self.path}")
+        """Of several processes rank 0 writes the strips of all."""
+        everything = {volume: strip for part in gathered(self.strips) for volume, strip in part.items()}
+        self.strips = {}
+        if everything and idist.get_rank() == 0:
+            strips, labels = zip(*(everything[volume] for volume in sorted(everything)))
+            save_png(mosaic(list(strips), labels=labels), self.path, 0, 255)
+            logger.info(f"{len(strips)} volumes as one picture: {self.path}")

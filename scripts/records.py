@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 from collections.abc import Sequence
 
+import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys, optional_import
 from tqdm import tqdm
 
+from scripts.errors import BundleError
 from scripts.files import write_atomically
 
 Axes, _ = optional_import("matplotlib.axes", name="Axes")  # as in scripts.pictures
@@ -20,6 +23,8 @@ STATISTICS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
 
 class CsvRecord:
     """A CSV file that grows row by row and survives a kill: a resumed run drops the rows that it will write again.
+
+    Of several processes, rank 0 writes.
 
     Args:
         path: of the file; its first column is "iteration".
@@ -32,6 +37,8 @@ class CsvRecord:
 
     def start(self, iteration: int) -> None:
         """Keep the rows up to and including `iteration`; 0 begins the file anew."""
+        if idist.get_rank() != 0:
+            return
         kept = [row for row in self.rows() if int(row["iteration"]) <= iteration] if iteration else []
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         write_atomically(self.path, lambda temporary: self.write(temporary, kept))
@@ -43,8 +50,22 @@ class CsvRecord:
             writer.writerows(rows)
 
     def add(self, iteration: int, *values: float | str) -> None:
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow([iteration, *values])
+        if idist.get_rank() != 0:
+            return
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file).writerow([iteration, *values])
+        except OSError as e:
+            raise BundleError(
+                f"{self.path!r} could not be written at iteration {iteration} ({e.strerror}); rows and checkpoints "
+                "from before it are untouched: make room, then --resume true goes on"
+            ) from e
+
+    def flush(self) -> None:
+        """Bring the rows so far to the disk, for the case of a power failure."""
+        if idist.get_rank() == 0 and os.path.exists(self.path):
+            with open(self.path, "rb+") as file:
+                os.fsync(file.fileno())
 
     def rows(self) -> list[dict[str, str]]:
         """All complete rows; a last row that a kill has torn is left out."""
@@ -150,7 +171,8 @@ class TrainingRecord:
         if self.bar is not None:  # the run goes on after a surge
             self.bar.close()
         total = min(self.max_iterations, engine.state.max_epochs * engine.state.epoch_length)
-        self.bar = tqdm(desc="training", initial=engine.state.iteration, total=total)
+        quiet = idist.get_rank() != 0
+        self.bar = tqdm(desc="training", initial=engine.state.iteration, total=total, disable=quiet)
         self.stop_if_done(engine)
 
     def stop_if_done(self, engine: Engine) -> None:
@@ -165,7 +187,9 @@ class TrainingRecord:
         self.stop_if_done(engine)
 
     def plot(self, engine: Engine) -> None:
-        plot_losses(self.losses, self.validation, self.curve, self.surges)
+        if idist.get_rank() == 0:
+            plot_losses(self.losses, self.validation, self.curve, self.surges)
+            gc.collect()  # a figure is a cycle of 4 MB, which Python would leave for thousands of iterations
 
     def finish(self, engine: Engine) -> None:
         self.bar.close()

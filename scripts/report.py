@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import jinja2
 from ignite.engine import Engine, Events
 
@@ -119,7 +120,7 @@ def write_report(evaluation: dict[str, Any], output_dir: str) -> str:
 
 
 class ReportHandler:
-    """Handler of a `scripts.evaluation.CohortEvaluator` that ends it with `write_report`.
+    """Handler of a `scripts.evaluation.CohortEvaluator` that ends it with `write_report`, on rank 0.
 
     Args:
         output_dir: of the evaluator.
@@ -131,5 +132,6 @@ class ReportHandler:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
+    @idist.one_rank_only()
     def __call__(self, engine: Engine) -> None:
         write_report(engine.state.evaluation, self.output_dir)

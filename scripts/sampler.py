@@ -7,6 +7,7 @@ float64 from the levels that are really visited; after the last timestep comes t
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 from unittest import mock
 
@@ -20,9 +21,11 @@ from torch import nn
 
 from scripts.diffusion import check_prediction_type, levels_at, sample_coefficients, training_timesteps
 from scripts.errors import BundleError
+from scripts.memory import numbers, out_of_memory
 from scripts.solvers import SOLVERS, visited
 
 tqdm, has_tqdm = optional_import("tqdm", name="tqdm")  # an environment made for MONAI Deploy may lack it
+logger = logging.getLogger(__name__)
 
 
 def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int) -> None:
@@ -73,10 +76,12 @@ class DiffusionSampler(nn.Module):
         guidance_scale: 1 takes the conditional output as it is, with one pass of the network a step; others take two.
         amp_dtype: autocast the network to this type; None for float32. Not used when scripted.
         progress: show a bar over the steps. Not used when scripted.
+        halve_batch_on_oom: where a GPU's memory does not suffice for a pass of the network, take half as many volumes
+            at a time from there on, down to one; the volumes are the same. Not used when scripted.
 
     Raises:
         BundleError: unknown solver or prediction type, impossible number of steps, a class that the network lacks,
-            guidance of a network without classes.
+            guidance of a network without classes; when called, a pass that the GPU's memory does not suffice for.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class DiffusionSampler(nn.Module):
         progress: bool = False,
         class_label: int | None = None,
         guidance_scale: float = 1.0,
+        halve_batch_on_oom: bool = True,
     ) -> None:
         super().__init__()
         check_solver(solver, num_inference_steps, scheduler.num_train_timesteps)
@@ -111,11 +117,14 @@ class DiffusionSampler(nn.Module):
             progress=progress,
             class_label=class_label,
             guidance_scale=guidance_scale,
+            halve_batch_on_oom=halve_batch_on_oom,
         )
         self.unet = unet
         self.clip_sample = clip_sample
         self.amp_dtype = amp_dtype
         self.progress = progress
+        self.halve_batch_on_oom = halve_batch_on_oom
+        self.most: int = 0  # volumes of a pass that the memory suffices for; 0 where nothing speaks against any number
         self.num_class_embeds = getattr(unet, "num_class_embeds", None)
         self.no_class = (self.num_class_embeds or 1) - 1
         self.class_label = self.no_class if class_label is None else class_label
@@ -235,17 +244,45 @@ class DiffusionSampler(nn.Module):
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def output(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """One pass of the network, float32.
-
-        On a CPU volume by volume: as fast as a batch, and with the same rounding whatever the batch is.
-        """
+        """One pass of the network, float32."""
         if torch.jit.is_scripting():
             return self.call(x, timesteps, class_labels)
         else:
-            size = 1 if x.device.type == "cpu" else len(x)
-            parts = zip(x.split(size), timesteps.split(size), class_labels.split(size))
             with torch.autocast(x.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                return torch.cat([self.call(*part).float() for part in parts])
+                return self.output_in_parts(x, timesteps, class_labels)
+
+    @torch.jit.unused
+    def volumes_at_once(self, x: torch.Tensor) -> int:
+        """How many volumes of a batch a pass takes.
+
+        On a CPU one: as fast as a batch, and with the same rounding whatever the batch is.
+        """
+        size = 1 if x.device.type == "cpu" else len(x)
+        return min(size, self.most or size)
+
+    @torch.jit.unused
+    def output_in_parts(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """A pass over as many volumes at a time as the memory suffices for."""
+        while True:
+            size = self.volumes_at_once(inputs[0])
+            try:
+                return torch.cat([self.call(*part).float() for part in zip(*(t.split(size) for t in inputs))])
+            except torch.OutOfMemoryError as e:
+                if size == 1 or not self.halve_batch_on_oom:
+                    raise self.explained(e, size, inputs[0]) from e
+                reason = numbers(e)
+            # outside of the handler, whose exception holds the tensors of the pass
+            self.most = size // 2
+            torch.cuda.empty_cache()
+            logger.warning(f"out of GPU memory with {size} volumes at a time ({reason}): going on with {self.most}")
+
+    @torch.jit.unused
+    def explained(self, error: torch.OutOfMemoryError, size: int, x: torch.Tensor) -> BundleError:
+        advice = [f"--batch_size {size // 2}", "--halve_batch_on_oom true"] if size > 1 else []
+        if self.amp_dtype is None:
+            advice.append("--amp auto")
+        knobs = {"batch_size": size, "spatial_shape": list(x.shape[2:]), "amp": self.amp_dtype or torch.float32}
+        return out_of_memory(error, "in sampling", [*advice, "a smaller spatial_shape", "fewer channels"], **knobs)
 
     def call(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """The network as it is. TorchScript compiles one branch only, for it sees whether the number is None."""

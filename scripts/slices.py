@@ -81,12 +81,13 @@ class ScaleGreyd(MapTransform):
         return item
 
 
-def save_grey(image: np.ndarray, path: str, description: str) -> None:
+def save_grey(image: np.ndarray, path: str, description: str, made_with: str = "") -> None:
     """Write an image (W, H) in [0, 255] as an 8-bit grey PNG, upright; the file appears whole or not at all.
 
-    `description` goes into its text field "Description".
+    `description` goes into its text field "Description", `made_with` into "Settings".
     """
     picture = Image.fromarray(np.rint(np.rot90(image)).clip(0, 255).astype(np.uint8))
     text = PngImagePlugin.PngInfo()
     text.add_text("Description", description)
+    text.add_text("Settings", made_with)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=text))

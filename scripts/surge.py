@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import sys
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -20,11 +23,14 @@ from monai.utils import CommonKeys
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.checkpoints import CheckpointHandler, ResumeHandler, checkpoints_in, iteration_of, newest_whole, set_aside
+from scripts.distributed import gathered
 from scripts.errors import BundleError
 from scripts.records import CsvRecord
+from scripts.stopping import Stop
 
 logger = logging.getLogger(__name__)
 NEWEST, EARLIER = 21, 200  # losses whose medians are compared
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # a disk that is full or gone
 LOWERED = 0.5  # the learning rate after a surge, as a share of the one before
 
 
@@ -99,7 +105,8 @@ class SurgeGuard:
         iteration = engine.state.iteration
         self.surges.start(sys.maxsize if iteration else 0)  # a run that goes on keeps all of them
         self.window.clear()
-        self.window.extend(float(row["loss"]) for row in self.losses.rows() if int(row["iteration"]) <= iteration)
+        losses = [float(row["loss"]) for row in self.losses.rows() if int(row["iteration"]) <= iteration]
+        self.window.extend(gathered(losses)[0])  # all processes judge by what rank 0 has read
 
     def __call__(self, engine: Engine) -> None:
         state, loss = engine.state, engine.state.output[CommonKeys.LOSS].item()
@@ -118,6 +125,7 @@ class SurgeGuard:
                     loss,
                 )
 
+    @idist.one_rank_only(with_barrier=True)
     def go_back(self, surge: LossSurge, checkpoints: CheckpointHandler, number: int, retries: int) -> None:
         """Prepare the files for a resume from before a surge, the one of this `number`. See `train`."""
         advice = "A lower learning_rate, a max_grad_norm such as 1, or --amp float32 would be the first things to try"
@@ -155,7 +163,7 @@ class SurgeGuard:
             self.surges.add(iteration, number, loss, rate)
 
 
-def train(trainer: Trainer, handlers: Sequence[Any], retries: int) -> None:
+def train(trainer: Trainer, handlers: Sequence[Any], retries: int, stop: Stop | None = None) -> None:
     """Train to the end, and go back from each surge of the loss.
 
     Going back is a resume from the newest good checkpoint, one from before the newest 21 losses: weights, EMA, moments,
@@ -168,17 +176,28 @@ def train(trainer: Trainer, handlers: Sequence[Any], retries: int) -> None:
         trainer: with the handlers attached.
         handlers: among them a `ResumeHandler`, a `SurgeGuard` after it, and a `CheckpointHandler`.
         retries: how often to go back before stopping.
+        stop: ends the training early if asked to; None for a training that only a kill ends early.
 
     Raises:
-        BundleError: a surge after the last retry, or one that there is no way back from; says what to try.
+        BundleError: a surge after the last retry, or one that there is no way back from; says what to try. A file
+            could not be written, as on a full disk.
+        SystemExit: it was ended early, see `scripts.stopping.Stop`.
     """
     kinds = (ResumeHandler, SurgeGuard, CheckpointHandler)
     resume, guard, checkpoints = (next(h for h in handlers if isinstance(h, kind)) for kind in kinds)
     trainer.interrupt_resume_enabled = False  # ignite's other loop does not start again after an exception
     trainer.logger.setLevel(logging.CRITICAL)  # ignite would log that the run ends
-    for number in count(1):
-        try:
-            return trainer.run()
-        except LossSurge as surge:
-            guard.go_back(surge, checkpoints, number, retries)
-            resume.resume = True
+    with stop.watch(trainer, checkpoints) if stop is not None else nullcontext():
+        for number in count(1):
+            try:
+                return trainer.run()
+            except LossSurge as surge:
+                guard.go_back(surge, checkpoints, number, retries)
+                resume.resume = True
+            except OSError as e:
+                if e.errno not in NO_ROOM:
+                    raise
+                raise BundleError(
+                    f"output_dir: a file could not be written at iteration {trainer.state.iteration} ({e.strerror}); "
+                    f"checkpoints in {checkpoints.ckpt_dir!r} are untouched: make room, then --resume true goes on"
+                ) from e

@@ -12,6 +12,7 @@ from monai.engines import Evaluator
 from monai.utils import CommonKeys
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.distributed import gathered
 from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ class TimestepLoss:
 
     Their full names, as loggers and experiment trackers show them, are "validation_<weights>/loss" and so on.
 
-    A sample belongs to quarter (draw mod 4) + 1, which is how `SeededPrepareBatch(num_strata=4)` draws timesteps.
+    A sample belongs to quarter (draw mod 4) + 1, which is how `SeededPrepareBatch(num_strata=4)` draws timesteps. All
+    processes get the metrics of the samples of all of them, in the order of the draws; one that came twice counts once.
 
     Args:
         loss_function: (prediction, target) -> mean loss, the one of the training.
@@ -33,7 +35,7 @@ class TimestepLoss:
 
     def __init__(self, loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weights: str) -> None:
         self.loss_function, self.weights = loss_function, weights
-        self.losses: list[list[torch.Tensor]] = []
+        self.losses: dict[int, torch.Tensor] = {}  # by draw
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
@@ -41,19 +43,22 @@ class TimestepLoss:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        self.losses = [[] for _ in range(QUARTERS)]
+        self.losses = {}
 
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         for draw, prediction, wanted in zip(
             engine.state.batch["draw"], output[CommonKeys.PRED], output[CommonKeys.LABEL]
         ):
-            self.losses[int(draw) % QUARTERS].append(self.loss_function(prediction[None], wanted[None]))
+            self.losses[int(draw)] = self.loss_function(prediction[None], wanted[None])
 
     def finish(self, engine: Engine) -> None:
         name, metrics = f"validation_{self.weights}/loss", engine.state.metrics
-        metrics[name] = float(torch.stack([loss for losses in self.losses for loss in losses]).mean())
-        for i, losses in enumerate(self.losses, 1):
+        mine = dict(zip(self.losses, torch.stack([*self.losses.values()]).cpu()))
+        found = sorted({draw: loss for losses in gathered(mine) for draw, loss in losses.items()}.items())
+        quarters = [[loss for draw, loss in found if draw % QUARTERS == i] for i in range(QUARTERS)]
+        metrics[name] = float(torch.stack([loss for losses in quarters for loss in losses]).mean())
+        for i, losses in enumerate(quarters, 1):
             metrics[f"{name}_quarter_{i}"] = float(torch.stack(losses).mean())
 
 

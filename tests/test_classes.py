@@ -185,7 +185,7 @@ def test_labels_pass_by_transforms_and_caches(cohort, tmp_path):
         dataset = VolumeDataset(data, transform, cache=cache, cache_dir=str(tmp_path))
         assert [dataset[i, draw]["class_label"] for i, draw in ((0, 5), (1, 6))] == [0, 1]
     VolumeDataset([item | {"class_label": 0} for item in data], transform, cache="disk", cache_dir=str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.rglob("*.pt"))) == 2
 
 
 def test_previews_show_the_classes_in_turn_a_row_each():

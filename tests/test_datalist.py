@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import json
 import logging
+import os
 import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.transforms import LoadImage
 
+from scripts import datalist
 from scripts.datalist import (
     find_images,
     problem_of,
@@ -153,6 +157,39 @@ def test_an_affine_that_cannot_be_inverted_is_said(column, tmp_path):
     header = nib.load(path).header
     assert header["sform_code"] == 2 and np.array_equal(header.get_sform()[:3, 2], column, equal_nan=True)
     assert "affine that cannot be inverted" in problem_of(str(path))
+
+
+def contradicting(path: Path, factor: float, flip: float, qform_code: int) -> str:
+    """A file whose sform and pixdim differ by a factor in the first axis, which the sform turns to the left if -1."""
+    image = nib.Nifti1Image(NOISE, np.diag([2.0 * flip, 2, 2, 1]))
+    if qform_code:
+        image.set_qform(np.diag([2.0, 2, 2, 1]), qform_code)
+    else:  # as a program leaves it that knows the sform alone
+        image.header["quatern_b"] = image.header["quatern_c"] = image.header["quatern_d"] = 0
+        image.header["pixdim"][0] = 1
+    image.header["pixdim"][1], image.header["vox_offset"] = 2 * factor, 352
+    path.write_bytes(image.header.binaryblock + bytes(4) + NOISE.tobytes("F"))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "factor, flip, qform_code, good",
+    [
+        (1, 1, 0, True),
+        (1, -1, 0, True),
+        (1.0001, 1, 0, True),
+        (1.0001, -1, 0, False),
+        (1.1, 1, 0, False),
+        (1.1, 1, 1, True),
+    ],
+)
+def test_two_voxel_sizes_in_one_file_are_said_where_monai_would_turn_it(factor, flip, qform_code, good, tmp_path):
+    path = contradicting(tmp_path / "a.nii", factor, flip, qform_code)
+    problem = problem_of(path)
+    assert (problem == "") == good and (good or "by its sform and of" in problem)
+    loaded = LoadImage(reader="NibabelReader")(path).affine.numpy()
+    if qform_code == 0:  # what is refused is what MONAI reads otherwise than it is written
+        assert np.allclose(loaded, np.diag([2.0 * flip, 2, 2, 1]), rtol=0.01) == good
 
 
 def test_damaged_files_are_said_to_be_unreadable(tmp_path):
@@ -310,3 +347,86 @@ def test_no_images_are_no_error_until_they_are_required(tmp_path):
     with pytest.raises(BundleError, match="it holds no usable images; a folder with"):
         require(str(tmp_path), [])
     require(str(tmp_path / "nowhere"), bids(1))  # lists that did not come from a folder
+
+
+# memory of what was checked
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Names of the files that were read by a check."""
+    seen, check = [], datalist.problem_of_item
+
+    def counted(item, spatial_dims):
+        seen.append(Path(item["image"]).name)
+        return check(item, spatial_dims)
+
+    monkeypatch.setattr(datalist, "problem_of_item", counted)
+    return seen
+
+
+def test_good_files_are_read_once_and_bad_ones_each_time(mixed, tmp_path, checked):
+    place, images = str(tmp_path / "out" / "checked.json"), find_images(str(mixed))
+    for names_read in (
+        ["a.nii.gz", "b.nii", "c.nii.gz", "d.nii", "e.nii.gz", "f.nii.gz"],
+        ["b.nii", "d.nii", "f.nii.gz"],
+    ):
+        checked.clear()
+        assert names(readable(images, True, checked_path=place)) == ["a.nii.gz", "c.nii.gz", "e.nii.gz"]
+        assert sorted(checked) == names_read
+
+
+def spoilt(place: Path, what: str, monkeypatch) -> None:
+    if what == "version":
+        monkeypatch.setattr(datalist, "version_of_checks", lambda: "another")
+    else:
+        content = {
+            "torn": place.read_text()[:40],
+            "list": "[1, 2]",
+            "binary": "\0\1",
+            "number": '{"version": 3, "good": 4}',
+        }
+        place.write_text(content[what])
+
+
+@pytest.mark.parametrize("what", ["torn", "list", "binary", "number", "version"])
+def test_a_memory_that_is_torn_or_of_other_checks_is_of_no_use(what, tmp_path, checked, monkeypatch):
+    save(tmp_path / "a.nii.gz")
+    place, images = tmp_path / "checked.json", find_images(str(tmp_path))
+    readable(images, checked_path=str(place))
+    spoilt(place, what, monkeypatch)
+    for reads in (2, 2):  # it is whole again
+        assert readable(images, checked_path=str(place)) == images and len(checked) == reads
+
+
+@pytest.mark.parametrize("change", ["size", "time", "mask"])
+def test_a_file_that_was_changed_is_read_again(change, tmp_path, checked):
+    image, place = Path(save(tmp_path / "a.nii")), str(tmp_path / "checked.json")
+    mask = Path(save(tmp_path / "a_mask.nii", (NOISE > 90).astype("u1")))
+    images = find_images(str(tmp_path), "_mask")
+    for _ in range(2):
+        assert readable(images, checked_path=place) == images
+    assert len(checked) == 1
+    if change == "size":
+        image.write_bytes(image.read_bytes()[:-1])
+    else:
+        os.utime(image if change == "time" else mask, ns=(0, 10**18))
+    assert len(readable(images, True, checked_path=place)) == (change != "size")
+    assert len(checked) == 2
+
+
+def test_the_memory_names_no_file_and_does_not_grow_without_end(tmp_path, monkeypatch):
+    save(tmp_path / "PATIENT.nii")
+    place, images = tmp_path / "checked.json", find_images(str(tmp_path))
+    datalist.write_marks(str(place), datalist.version_of_checks(), {f"{i:032x}" for i in range(10_020)})
+    readable(images, checked_path=str(place))
+    assert "PATIENT" not in place.read_text()
+    assert len(json.loads(place.read_text())["good"]) == 1
+
+
+def test_a_memory_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    save(tmp_path / "a.nii")
+    (tmp_path / "file").touch()
+    images = find_images(str(tmp_path))
+    assert readable(images, checked_path=str(tmp_path / "file" / "checked.json")) == images
+    assert "the next start will check all files again" in caplog.text

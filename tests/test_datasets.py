@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Compose, LoadImaged, RandFlipd, RandGaussianNoised, RandScaleIntensityd
 
+from scripts import datasets
 from scripts.datalist import find_images
-from scripts.datasets import DrawSampler, RepeatSampler, VolumeDataset, summarise
+from scripts.datasets import DrawSampler, LoaderErrors, RepeatSampler, VolumeDataset, hash_of, summarise
 from scripts.errors import BundleError
 
 CACHES = ("memory", "disk", "none")
@@ -110,16 +116,16 @@ def test_the_disk_cache_keeps_apart_what_was_preprocessed_otherwise(scans, tmp_p
         dataset = VolumeDataset(scans, preprocessing(side), None, "disk", str(tmp_path))
         shapes.append(dataset[0]["image"].shape)
     assert shapes == [(1, 16, 16, 16), (1, 12, 12, 12), (1, 16, 16, 16)]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.rglob("*.pt"))) == 2
 
 
 def test_the_disk_cache_reads_a_file_anew_that_was_replaced(scans, tmp_path):
     """Otherwise a corrected scan under its old name would never reach the network."""
     path = tmp_path / "scan.nii"
     cubes = []
-    for time, source in enumerate(scans[:2]):
+    for moment, source in enumerate(scans[:2]):
         nib.save(nib.load(source["image"]), path)  # of the same size
-        os.utime(path, ns=(0, 10**18 + time))
+        os.utime(path, ns=(0, 10**18 + moment))
         cubes.append(VolumeDataset([{"image": str(path)}], preprocessing(), None, "disk", str(tmp_path / "cache"))[0])
     assert torch.equal(cubes[1]["image"], preprocessing()(scans[1])["image"].float())
     assert not torch.equal(cubes[0]["image"], cubes[1]["image"])
@@ -129,7 +135,7 @@ def test_the_disk_cache_reads_a_file_anew_that_was_replaced(scans, tmp_path):
 def test_a_half_written_file_in_the_disk_cache_is_made_anew(kept, scans, tmp_path):
     dataset = VolumeDataset(scans[:1], preprocessing(), None, "disk", str(tmp_path))
     expected = dataset[0]["image"]
-    (cached,) = tmp_path.iterdir()
+    (cached,) = tmp_path.rglob("*.pt")
     whole = cached.read_bytes()
     cached.write_bytes(whole[:kept])
     assert torch.equal(dataset[0]["image"], expected)
@@ -292,3 +298,117 @@ def test_voxel_sizes_are_read_of_evenly_chosen_volumes():
     assert cached.tolist() == [[float(i)] * 3 for i in range(0, 199, 2)]
     uncached = sized([[float(i)] * 3 for i in range(15)]).voxel_sizes()  # each would be preprocessed for it
     assert uncached.tolist() == [[float(i)] * 3 for i in range(0, 15, 2)]
+
+
+def test_equal_content_has_one_hash_whichever_objects_it_is_made_of():
+    word, same = "image", "".join(["im", "age"])
+    assert word is not same
+    assert (
+        hash_of([word, word, {"size": 3}]) == hash_of([word, same, {"size": 3}]) != hash_of([word, "mask", {"size": 3}])
+    )
+
+
+# what goes wrong while data is read
+
+
+HASH = """
+import sys
+sys.path[:0] = {paths!r}
+from test_datasets import preprocessing
+from scripts.datasets import VolumeDataset
+print(VolumeDataset([], preprocessing(), None, "disk", {cache!r}).volumes.transform_hash)
+"""
+
+
+def test_the_hash_of_a_preprocessing_is_the_same_in_every_process(tmp_path):
+    here = VolumeDataset([], preprocessing(), None, "disk", str(tmp_path)).volumes.transform_hash
+    code = HASH.format(paths=[str(ROOT), str(ROOT / "tests")], cache=str(tmp_path))
+    env = dict(os.environ, PYTHONHASHSEED="7", OMP_NUM_THREADS="1")
+    there = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
+    assert there.stdout.strip() == here, there.stderr
+
+
+def test_the_disk_cache_is_dropped_when_the_code_changes_and_says_what_is_left(scans, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))[0]
+    datasets.mention_others.cache_clear()
+    monkeypatch.setattr(datasets, "version_of_code", lambda: "another")
+    VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))[0]
+    assert len(list(tmp_path.rglob("*.pt"))) == 2
+    assert "also holds 1 volumes (0 MB) of other settings or versions, which may be deleted" in caplog.text
+
+
+def test_what_a_killed_run_left_half_written_is_removed_after_an_hour(scans, tmp_path):
+    folder = VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path)).volumes.folder
+    folder.mkdir(exist_ok=True)
+    for name, age in (("old.partial", 4000), ("new.partial", 0)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))
+    assert [path.name for path in folder.iterdir()] == ["new.partial"]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing_and_is_said_once(scans, tmp_path, caplog, monkeypatch):
+    dataset = VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    for i in range(3):
+        assert torch.equal(dataset[i]["image"], preprocessing()(scans[i])["image"].float())
+    assert caplog.text.count("could not be written") == 1 and "No space left" in caplog.text
+    assert list(tmp_path.rglob("*.p*")) == []
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_file_that_has_vanished_is_named(cache, scans, tmp_path):
+    gone = tmp_path / "gone.nii.gz"
+    with pytest.raises(BundleError, match="gone.nii.gz' cannot be read now .there is no such file any more"):
+        VolumeDataset([{"image": str(gone)}], preprocessing(), None, cache, str(tmp_path / "cache"))[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_torn_file_ends_a_training_with_one_sentence(num_workers, scans, tmp_path):
+    torn = tmp_path / "torn.nii.gz"
+    torn.write_bytes(Path(scans[0]["image"]).read_bytes()[:300])
+    dataset = VolumeDataset([{"image": str(torn)}], preprocessing(), None, "none")
+    engine = Engine(lambda engine, batch: None)
+    LoaderErrors().attach(engine)
+    engine.logger.setLevel("CRITICAL")
+    with pytest.raises(BundleError) as error:
+        engine.run(DataLoader(dataset, num_workers=num_workers))
+    assert str(error.value).startswith(f"'{torn}' cannot be read now (EOFError: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 4711, 4712) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+)
+def test_a_loader_process_that_dies_is_said(error):
+    """What torch raises; tests/faults/test_data_faults.py kills a real one."""
+
+    def step(engine, batch):
+        raise error
+
+    engine = Engine(step)
+    LoaderErrors().attach(engine)
+    engine.logger.setLevel("CRITICAL")
+    with pytest.raises(BundleError, match="num_workers: a loader process has died .*; if nobody stopped it, memory"):
+        engine.run([0])
+
+
+def test_other_errors_of_a_training_stay_what_they_are():
+    def step(engine, batch):
+        raise RuntimeError("CUDA is not happy")
+
+    engine = Engine(step)
+    LoaderErrors().attach(engine)
+    engine.logger.setLevel("CRITICAL")
+    with pytest.raises(RuntimeError, match="^CUDA is not happy$"):
+        engine.run([0])

@@ -1,0 +1,140 @@
+"""Ending a training early without losing anything: SIGTERM, Ctrl-C, and a time limit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from monai.data.utils import worker_init_fn
+
+from scripts.checkpoints import CheckpointHandler, bytes_of
+from scripts.errors import BundleError
+
+logger = logging.getLogger(__name__)
+TIME_LIMIT = 1  # a reason to stop; the other ones are the numbers of signals, which are greater
+STATUS = {
+    signal.SIGTERM: 128 + signal.SIGTERM,  # 143 and 130, what a shell says of a program that such a signal has ended
+    signal.SIGINT: 128 + signal.SIGINT,
+    TIME_LIMIT: 75,  # EX_TEMPFAIL of sysexits.h: try again later
+}
+NAME = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", TIME_LIMIT: "time_limit"}
+SLOWEST_DISK = 20e6  # bytes a second, until a checkpoint has been written
+ONE_PRESS = 1.0  # seconds in which a launcher may pass on the Ctrl-C that the terminal has sent to everybody
+
+
+def begun(time_limit: float | None) -> float:
+    """Check the knob, in minutes or None, and read the clock, monotonic in seconds, from which it counts."""
+    number = isinstance(time_limit, (int, float)) and not isinstance(time_limit, bool)
+    if time_limit is not None and not (number and time_limit > 0):
+        raise BundleError(f"time_limit: {time_limit!r} was given; it must be minutes, above 0, or None for no limit")
+    return time.monotonic()
+
+
+def outlive_the_step(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: its workers leave signals that everybody gets to the training.
+
+    Ctrl-C, and SIGTERM of most schedulers, go to all processes of a job. A worker that ended would take the batch
+    that is to be finished with it. It still ends when the training's own process says so or is gone.
+    """
+    worker_init_fn(worker_id)  # MONAI's, which this one takes the place of
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+class Stop:
+    """Ends a training after the iteration under way, once asked to: with a checkpoint, how to go on, and a status.
+
+    Asked by SIGTERM, as schedulers send it before they take a node away (status 143), by Ctrl-C (130; a second one,
+    a second or more after, stops at once), or by the time limit (75). All processes of a run stop after the same
+    iteration, the last of an accumulated gradient, if one of them is asked. A validation or preview under way is
+    finished first.
+
+    Args:
+        time_limit: minutes from `begun` within which the process should have ended; None for no limit. The longest
+            iteration so far, with the validation, preview or checkpoint after it, and one more checkpoint must fit.
+        begun: time.monotonic() at the beginning, see the function of that name.
+        accumulation_steps: iterations a step of the optimizer.
+    """
+
+    def __init__(self, time_limit: float | None, begun: float, accumulation_steps: int = 1) -> None:
+        self.deadline = None if time_limit is None else begun + 60 * time_limit
+        self.accumulation_steps = accumulation_steps
+        self.process = 0
+        self.asked = 0  # the reason; a signal's number is greater than that of the time limit
+        self.asked_at = 0.0
+        self.longest = 0.0  # seconds that the slowest iteration took, with everything after it
+        self.last: float | None = None
+
+    @contextmanager
+    def watch(self, trainer: Engine, checkpoints: CheckpointHandler) -> Iterator[None]:
+        """While the trainer runs, listen to signals (in the main thread, where Python has them) and to the clock."""
+        self.process = os.getpid()
+        removable = trainer.add_event_handler(Events.GET_BATCH_STARTED, self, checkpoints)
+        main = threading.current_thread() is threading.main_thread()
+        previous = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        try:
+            yield
+        finally:
+            removable.remove()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a fork
+            return
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.asked_at = number, now
+            twice = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+            text = f"\n{NAME[number]}: a checkpoint follows after this iteration{twice}\n"
+            os.write(2, text.encode())  # print and logging cannot interrupt themselves
+        elif number == signal.SIGINT and now > self.asked_at + ONE_PRESS:
+            raise KeyboardInterrupt("stopped at once; --resume true goes on from the newest checkpoint")
+
+    def __call__(self, engine: Engine, checkpoints: CheckpointHandler) -> None:
+        now = time.monotonic()
+        if self.last is not None:
+            self.longest = max(self.longest, now - self.last)
+        self.last = now
+        room = (
+            checkpoints.seconds or bytes_of([part.state_dict() for part in checkpoints.parts.values()]) / SLOWEST_DISK
+        )
+        if engine.state.iteration % self.accumulation_steps:
+            return
+        late = self.deadline is not None and now + self.longest + room > self.deadline
+        asked = int(idist.all_reduce(int(self.asked or (TIME_LIMIT if late else 0)), "MAX"))
+        if asked:
+            self.end(engine, checkpoints, asked)
+
+    def end(self, engine: Engine, checkpoints: CheckpointHandler, asked: int) -> None:
+        iteration = engine.state.iteration
+        if iteration:
+            checkpoints(engine)
+            kept = (
+                f"{checkpoints.path(iteration)} holds everything; the same command with --resume true goes on from it"
+            )
+        else:
+            kept = "there was nothing to keep yet; the same command begins again"
+        for record in checkpoints.records:
+            record.flush()
+        idist.barrier()  # a launcher may end all processes as soon as one has ended
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # torchrun begins again after any status but 0
+        status = 0 if restarts and asked == TIME_LIMIT else STATUS[asked]
+        logger.warning(f"stopped by {NAME[asked]} after iteration {iteration} (exit status {status}): {kept}")
+        raise SystemExit(status)
