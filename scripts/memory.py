@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
+from monai.utils import optional_import
 
 from scripts.errors import BundleError
+
+# the sampler imports this module, and an environment made for MONAI Deploy has no ignite
+Engine, _ = optional_import("ignite.engine", name="Engine")
+Events, _ = optional_import("ignite.engine", name="Events")
 
 
 def numbers(error: torch.OutOfMemoryError) -> str:

@@ -1,13 +1,16 @@
 """docs/monai_deploy.md: its DICOM series, read by others; and what inference.json finds when Deploy reads it."""
 
+import ast
 import json
 import re
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY_NETWORK
 from monai.bundle import ConfigParser
 from monai.data import PydicomReader
 
@@ -76,3 +79,26 @@ def test_a_folder_that_deploy_puts_on_the_module_path_is_read_with_what_stands_b
         parser.read_config(str(ROOT / "configs/inference.json"))
         parser.update(knobs)
         assert parser.get_parsed_content("description") == expected
+
+
+ONE_VOLUME = """
+import ast, sys
+sys.modules.update(dict.fromkeys(sys.argv[2:]))
+from monai.bundle import ConfigParser
+parser = ConfigParser()
+parser.read_config("configs/inference.json")
+parser.update(ast.literal_eval(sys.argv[1]))
+noise = parser.get_parsed_content("preprocessing")({"image": 0})["image"]
+volume = parser.get_parsed_content("inferer")(noise[None], parser.get_parsed_content("network_def"))
+volume = parser.get_parsed_content("postprocessing")({"pred": volume[0]})["pred"]
+print(tuple(volume.shape), float(volume.min()) >= 0, float(volume.max()) <= 255)
+"""
+
+
+def test_a_volume_is_sampled_with_the_packages_that_deploy_has():
+    missing = ["ignite", "fire", "tqdm", "matplotlib", "scipy", "sklearn", "tensorboard", "safetensors", "mlflow"]
+    missing += ["huggingface_hub", "transformers"]  # MONAI would import them where they are
+    knobs = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()} | {"num_inference_steps": 2}
+    command = [sys.executable, "-W", "ignore", "-c", ONE_VOLUME, repr(knobs), *missing]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.stdout == "(1, 16, 16, 16) True True\n", done.stderr
