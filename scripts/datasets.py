@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import monai
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import CacheDataset, PersistentDataset
+from monai.data import CacheDataset, ImageReader, PersistentDataset
 from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
@@ -35,12 +36,24 @@ logger = logging.getLogger(__name__)
 CACHES = ("memory", "disk", "none")
 
 
+class ValuePickler(pickle.Pickler):
+    """Pickles a structure by its values alone: a plain pickle also tells which of its strings are one object, and what
+    a reader of MONAI's `LoadImage` has read last."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.fast = True  # without a memory of objects
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, ImageReader):
+            return NotImplemented
+        return object.__new__, (type(obj),), {key: value for key, value in vars(obj).items() if key != "filenames"}
+
+
 def hash_of(content: Any) -> str:
-    """A hash of a structure by its values alone; a plain pickle also tells which of its strings are one object."""
+    """A hash of a structure by its values."""
     pickled = io.BytesIO()
-    pickler = pickle.Pickler(pickled)
-    pickler.fast = True  # without that memory
-    pickler.dump(content)
+    ValuePickler(pickled).dump(content)
     return hashlib.sha256(pickled.getvalue()).hexdigest()
 
 
@@ -102,9 +115,9 @@ class DiskCache(PersistentDataset):
         self.transform_hash = hash_of([*parts, version_of_code()])[:16]
         self.folder = self.cache_dir / self.transform_hash
         self.warned = False
-        for path in self.folder.glob("*.partial"):  # of a run that was killed
+        for path in self.folder.glob("*.partial"):
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime < time.time() - 3600:
+                if abandoned(path):
                     path.unlink()
         mention_others(str(self.cache_dir), self.transform_hash)
 
@@ -122,7 +135,7 @@ class DiskCache(PersistentDataset):
 
     def keep(self, content: dict, path: Path) -> None:
         """Write one volume; where that fails, training goes on without and it is said once."""
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.{os.getpid()}@{socket.gethostname()}.partial")
         try:
             self.folder.mkdir(exist_ok=True, parents=True)
             torch.save(content, temporary)
@@ -133,6 +146,14 @@ class DiskCache(PersistentDataset):
             if not self.warned:
                 logger.warning(f"cache: {str(path)!r} could not be written ({e}); going on without it")
             self.warned = True
+
+
+def abandoned(path: Path) -> bool:
+    """Whether the process that was writing a temporary file of `DiskCache.keep` was killed, as far as can be known."""
+    found = re.search(r"\.(\d+)@(.+)\.partial$", path.name)
+    if found and found[2] == socket.gethostname() and os.path.isdir("/proc/self"):
+        return not os.path.isdir(f"/proc/{found[1]}")
+    return path.stat().st_mtime < time.time() - 3600  # of another machine, or of a system without /proc
 
 
 @lru_cache  # once a process: training and validation share a folder

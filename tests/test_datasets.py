@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -338,14 +339,28 @@ def test_the_disk_cache_is_dropped_when_the_code_changes_and_says_what_is_left(s
     assert "also holds 1 volumes (0 MB) of other settings or versions, which may be deleted" in caplog.text
 
 
-def test_what_a_killed_run_left_half_written_is_removed_after_an_hour(scans, tmp_path):
+def test_what_a_transform_has_read_is_not_part_of_its_hash(scans, tmp_path):
+    """MONAI's `NibabelReader` remembers the files that it has read."""
+    transform = preprocessing()
+    first = VolumeDataset(scans, transform, None, "disk", str(tmp_path))
+    first[0]
+    second = VolumeDataset(scans, transform, None, "disk", str(tmp_path))
+    assert first.volumes.folder == second.volumes.folder
+
+
+def test_what_a_killed_run_left_half_written_is_removed(scans, tmp_path):
     folder = VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path)).volumes.folder
     folder.mkdir(exist_ok=True)
-    for name, age in (("old.partial", 4000), ("new.partial", 0)):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host, old, new = socket.gethostname(), time.time() - 4000, time.time()
+    kept = {f"a.{os.getpid()}@{host}.partial": old, f"b.{ended.pid}@another.host.partial": new}
+    removed = {f"c.{ended.pid}@{host}.partial": new, f"d.{os.getpid()}@another.host.partial": old}
+    for name, changed in (kept | removed).items():
         (folder / name).touch()
-        os.utime(folder / name, (time.time() - age,) * 2)
+        os.utime(folder / name, (changed, changed))
     VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))
-    assert [path.name for path in folder.iterdir()] == ["new.partial"]
+    assert {path.name for path in folder.iterdir()} == set(kept)
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing_and_is_said_once(scans, tmp_path, caplog, monkeypatch):
