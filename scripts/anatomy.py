@@ -22,6 +22,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import switch
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
+from scripts.evaluation import metric_row
 from scripts.pictures import draw_box, save_figure, triplanar
 from scripts.tissue import TISSUES, classify, tissue_map
 
@@ -168,15 +169,10 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _row(metric: str, value: float, low: float, high: float, better: str | None, unit: str, note: str) -> dict:
-    numbers = {"value": _finite(value), "low": _finite(low), "high": _finite(high)}
-    return {"metric": metric, **numbers, "better": better, "unit": unit, "note": note}
-
-
 def _no_rows(kinds: str) -> list[dict]:
     """What a cohort that cannot be compared has."""
     metrics = (f"max_abs_cohen_d_{kinds}", f"{kinds}_different", f"wasserstein_{kinds}")
-    return [_row(metric, np.nan, np.nan, np.nan, "lower", "", "") for metric in metrics]
+    return [metric_row(metric, np.nan, better="lower") for metric in metrics]
 
 
 def _with_maps(cohorts: Cohorts) -> dict[str, int]:
@@ -409,10 +405,10 @@ class Anatomy:
         rows = []
         for k, name in enumerate([] if many else names):
             low, high = interval(means[:, k])
-            rows.append(_row(f"{kind}_{_slug(name)}", own[:, k].mean(), low, high, "real", unit, "mean"))
+            rows.append(metric_row(f"{kind}_{_slug(name)}", own[:, k].mean(), low, high, "real", "mean", unit))
         if itself:
             for name in [] if many else names:
-                rows.append(_row(f"cohen_d_{_slug(name)}", 0.0, np.nan, np.nan, "real", "", EFFECT))
+                rows.append(metric_row(f"cohen_d_{_slug(name)}", 0.0, np.nan, np.nan, "real", EFFECT))
             return rows, data
         d = cohen_d(real, own)
         of_real = bootstrap_counts(len(real), self.num_resamples, self.seed + 1)
@@ -428,16 +424,16 @@ class Anatomy:
             "p_fdr": p_fdr.tolist(),
         }
         for k, name in enumerate([] if many else names):
-            rows.append(_row(f"cohen_d_{_slug(name)}", d[k], *intervals[k], "real", "", EFFECT))
+            rows.append(metric_row(f"cohen_d_{_slug(name)}", d[k], *intervals[k], "real", EFFECT))
         note = f"permutation test of the mean, {self.num_permutations} permutations, Benjamini-Hochberg corrected"
         for k, name in enumerate([] if many else names):
-            rows.append(_row(f"p_fdr_{_slug(name)}", p_fdr[k], np.nan, np.nan, None, "", note))
+            rows.append(metric_row(f"p_fdr_{_slug(name)}", p_fdr[k], np.nan, np.nan, None, note))
         largest = np.nanmax(np.abs(d)) if np.isfinite(d).any() else np.nan
         note = f"largest of {len(names)} {kind}s"
-        rows.append(_row(f"max_abs_cohen_d_{kind}s", largest, np.nan, np.nan, "lower", "", note))
+        rows.append(metric_row(f"max_abs_cohen_d_{kind}s", largest, np.nan, np.nan, "lower", note))
         note = f"of {len(names)} {kind}s: means that differ, at a false-discovery rate of {FALSE_DISCOVERY:g}"
         different = int((p_fdr < FALSE_DISCOVERY).sum())
-        rows.append(_row(f"{kind}s_different", different, np.nan, np.nan, "lower", "", note))
+        rows.append(metric_row(f"{kind}s_different", different, np.nan, np.nan, "lower", note))
         spread = real.std(0, ddof=1)
         varied = spread > 1e-9 * np.abs(real.mean(0))
         if varied.any():
@@ -445,10 +441,10 @@ class Anatomy:
             w = wasserstein_with_chance(x, y, self.max_volumes, self.num_resamples, self.seed)
             data["wasserstein"] = w
             note = f"distance of the joint distributions of {int(varied.sum())} {kind}s, in real SD a {kind}"
-            rows.append(_row(f"wasserstein_{kind}s", w["value"], w["low"], w["high"], "lower", "real SD", note))
+            rows.append(metric_row(f"wasserstein_{kind}s", w["value"], w["low"], w["high"], "lower", note, "real SD"))
             note = "what as many volumes of one population give: mean and 95 % of relabellings; copies are nearer"
             chance = (w["chance"], w["chance_low"], w["chance_high"])
-            rows.append(_row(f"wasserstein_{kind}s_chance", *chance, None, "real SD", note))
+            rows.append(metric_row(f"wasserstein_{kind}s_chance", *chance, None, note, "real SD"))
         return rows, data
 
     # Pictures and tables.

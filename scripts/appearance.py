@@ -19,6 +19,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import check_positive
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
+from scripts.evaluation import metric_row
 from scripts.pictures import save_figure, triplanar
 
 NYQUIST = 0.5  # cycles a voxel
@@ -207,13 +208,15 @@ class Appearance:
         """A row: the mean over volumes, which should be the real cohort's."""
         values = values[np.isfinite(values)]
         if not len(values):
-            return _row(metric, np.nan, (np.nan, np.nan), "real", note)
-        return _row(metric, values.mean(), interval(self._counts(len(values)) @ values / len(values)), "real", note)
+            return metric_row(metric, np.nan, np.nan, np.nan, "real", note)
+        return metric_row(
+            metric, values.mean(), *interval(self._counts(len(values)) @ values / len(values)), "real", note
+        )
 
     def _spectrum_rows(self, own: dict, real: dict, is_real: bool) -> list[dict]:
         """The log10 ratio of power to the real cohort's, unsigned over all frequencies and signed at the high third."""
         if is_real:
-            return [_row("spectrum_high_frequency", 0, (np.nan, np.nan), "real", "0 by definition")]
+            return [metric_row("spectrum_high_frequency", 0, np.nan, np.nan, "real", "0 by definition")]
         ratio = own["log_power"].mean(0) - real["log_power"].mean(0)
         n = len(own["log_power"])
         resampled = self._counts(n) @ own["log_power"] / n - real["log_power"].mean(0)
@@ -225,10 +228,12 @@ class Appearance:
         signed += "below 0 is blurred, above noisy"
         unsigned = np.abs(ratio).mean()
         return [
-            _row(
-                "spectrum_log_ratio", unsigned, _distance_interval(unsigned, np.abs(resampled).mean(1)), "lower", note
+            metric_row(
+                "spectrum_log_ratio", unsigned, *_distance_interval(unsigned, np.abs(resampled).mean(1)), "lower", note
             ),
-            _row("spectrum_high_frequency", ratio[high].mean(), interval(resampled[:, high].mean(1)), "real", signed),
+            metric_row(
+                "spectrum_high_frequency", ratio[high].mean(), *interval(resampled[:, high].mean(1)), "real", signed
+            ),
         ]
 
     def _intensity_rows(self, own: dict, real: dict, cohort: Cohort, cohorts: Cohorts) -> list[dict]:
@@ -240,7 +245,9 @@ class Appearance:
             means = self._counts(len(cohort)) @ own["histogram"] / len(cohort)
             resampled = np.array([_histogram_distance(centres, mean, real["histogram"].mean(0)) for mean in means])
             note = "1D Wasserstein distance of the histograms of voxels above -1, each volume weighing the same"
-            rows.append(_row("intensity_wasserstein", distance, _distance_interval(distance, resampled), "lower", note))
+            rows.append(
+                metric_row("intensity_wasserstein", distance, *_distance_interval(distance, resampled), "lower", note)
+            )
         rows.append(self._mean_row("foreground_fraction", own["foreground"], "voxels above -1, of all"))
         rows.append(self._mean_row("background_level", own["background"], "mean of the voxels at the volume's faces"))
         rows.append(self._mean_row("left_right_symmetry", own["symmetry"], "correlation with the own mirror image"))
@@ -503,9 +510,3 @@ def _distance_interval(value: float, resampled: np.ndarray) -> tuple[float, floa
     finite = resampled[np.isfinite(resampled)]
     bias = finite.mean() - value if len(finite) else 0
     return max(0.0, low - bias), max(0.0, high - bias)
-
-
-def _row(metric: str, value: float, bounds: tuple[float, float], better: str | None, note: str) -> dict:
-    """A row of the report; what is not finite becomes None."""
-    value, low, high = (float(v) if np.isfinite(v) else None for v in (value, *bounds))
-    return {"metric": metric, "value": value, "low": low, "high": high, "better": better, "unit": "", "note": note}

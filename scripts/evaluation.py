@@ -55,6 +55,21 @@ class Measure(Protocol):
         """Figures {"file", "title", "caption"}, written into `folder`, and tables {"table", "title", "caption"}."""
 
 
+def metric_row(
+    metric: str,
+    value: float,
+    low: float = math.nan,
+    high: float = math.nan,
+    better: str | None = None,
+    note: str = "",
+    unit: str = "",
+) -> dict[str, Any]:
+    """A row of what a `Measure` returns; what is not finite becomes None."""
+    numbers = {"value": value, "low": low, "high": high}
+    numbers = {key: float(number) if math.isfinite(number) else None for key, number in numbers.items()}
+    return {"metric": metric, **numbers, "better": better, "unit": unit, "note": note}
+
+
 def fingerprint(cohort: Cohort) -> str:
     """A short hash of a cohort's voxels, voxel sizes and label maps (their sizes and times)."""
     hashed = hashlib.blake2b(cohort.volumes.tobytes(), digest_size=12)

@@ -16,6 +16,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import check_positive
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
+from scripts.evaluation import metric_row
 from scripts.features import MissingWeights
 from scripts.pictures import save_figure
 
@@ -143,7 +144,7 @@ def prdc(x: np.ndarray, y: np.ndarray, nearest_k: int, counts: np.ndarray | None
     }
 
 
-def row(
+def resampled_row(
     metric: str, values: np.ndarray | None, better: str, bounds: tuple[float | None, float | None], note: str = ""
 ) -> dict[str, Any]:
     """One row of a result: values[0] is the estimate, the rest are its resamples; None for a row without a value.
@@ -151,13 +152,13 @@ def row(
     A resample holds fewer different volumes than the cohort, which alone changes Frechet distance, recall and coverage.
     So the interval is the 95 % percentile interval of the resamples, moved so that their median is the estimate.
     """
-    value = low = high = None
+    value = low = high = np.nan
     if values is not None and np.isfinite(values[0]):
         value, resamples = float(values[0]), values[1:]
         low, high = interval(resamples)
         shift = value - float(np.nanmedian(resamples)) if np.isfinite(resamples).any() else 0.0
-        low, high = (float(np.clip(v + shift, *bounds)) if np.isfinite(v) else None for v in (low, high))
-    return {"metric": metric, "value": value, "low": low, "high": high, "better": better, "unit": "", "note": note}
+        low, high = (np.clip(v + shift, *bounds) for v in (low, high))
+    return metric_row(metric, value, low, high, better, note)
 
 
 class Fidelity:
@@ -286,7 +287,7 @@ class Fidelity:
             *((f"{name}_{extractor.name}", name) for name in PRDC),
         ]
         return [
-            row(
+            resampled_row(
                 metric,
                 values.get(metric),
                 "higher" if kind in PRDC else "lower",

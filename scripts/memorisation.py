@@ -40,6 +40,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import check_positive, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
+from scripts.evaluation import metric_row
 from scripts.pictures import save_figure, triplanar
 
 
@@ -350,9 +351,9 @@ class Memorisation:
         true = np.asarray(true, float)
         true = true[np.isfinite(true)]
         if not len(true):
-            return _row(metric, np.nan, (np.nan, np.nan), better, note)
+            return metric_row(metric, np.nan, np.nan, np.nan, better, note)
         counts = bootstrap_counts(len(true), self.num_resamples, self.seed)
-        return _row(metric, true.mean(), interval(counts @ true / len(true)), better, note)
+        return metric_row(metric, true.mean(), *interval(counts @ true / len(true)), better, note)
 
     def _nearest_rows(
         self, kind: str, cohort: Cohort, training: Comparison, unseen: Comparison | None, cohorts: Cohorts
@@ -365,7 +366,7 @@ class Memorisation:
         ]
         metric = f"nearest_held_out_{kind}"
         if unseen is None:
-            return rows + [_row(metric, np.nan, (np.nan, np.nan), None, "needs held-out volumes (held_out_dir)")]
+            return rows + [metric_row(metric, np.nan, np.nan, np.nan, None, "needs held-out volumes (held_out_dir)")]
         others = "other " if cohort is cohorts.held_out else ""
         size = len(cohorts.held_out) - (cohort is cohorts.held_out)
         note = f"nearest of {size} {others}held-out volumes, so not comparable with the nearest of {len(cohorts.real)}"
@@ -385,7 +386,7 @@ class Memorisation:
                 "nearer_than_held_out_to_training",
             ]
             note = "needs held-out volumes (held_out_dir)"
-            return [_row(metric, np.nan, (np.nan, np.nan), None, note) for metric in metrics]
+            return [metric_row(metric, np.nan, np.nan, np.nan, None, note) for metric in metrics]
         sizes = len(real) - (cohort is real), len(held_out) - (cohort is held_out)
         rows = []
         for kind in self.kinds:
@@ -402,7 +403,7 @@ class Memorisation:
             pooled = np.concatenate([training.correlation, unseen.correlation], 1).argmax(1)
             p = label_permutation_p(pooled, *sizes, self.num_resamples, self.seed)
             note = f"permutation test of the labels training and held-out; 1/{self.num_resamples + 1} at least"
-            rows.append(_row("nearer_to_training_p", p, (np.nan, np.nan), None, note))
+            rows.append(metric_row("nearer_to_training_p", p, np.nan, np.nan, None, note))
         each_other = self.compare(held_out, held_out, cohorts).nearest
         note = "chance that a volume is nearer to training than a held-out volume is to the other held-out ones"
         rows.append(
@@ -423,14 +424,14 @@ class Memorisation:
         """A row: the probability that one of `values` exceeds one of `others`; both are resampled."""
         values, others = values[np.isfinite(values)], others[np.isfinite(others)]
         if not len(values) or not len(others):
-            return _row(metric, np.nan, (np.nan, np.nan), "real", note)
+            return metric_row(metric, np.nan, np.nan, np.nan, "real", note)
         above = (values[:, None] > others) + 0.5 * (values[:, None] == others)
         of_values = bootstrap_counts(len(values), self.num_resamples, self.seed)
         # Held-out volumes against held-out volumes: the same volumes are drawn on both sides.
         same = cohort is held_out and len(values) == len(others)
         of_others = of_values if same else bootstrap_counts(len(others), self.num_resamples, self.seed + 1)
         resampled = np.einsum("ri,ij,rj->r", of_values, above, of_others, optimize=True) / above.size
-        return _row(metric, above.mean(), interval(resampled), "real", note)
+        return metric_row(metric, above.mean(), *interval(resampled), "real", note)
 
     def _flagged_rows(
         self, cohort: Cohort, training: Comparison, yardsticks: list[Comparison]
@@ -648,12 +649,6 @@ def _stairs(panel: Axes, values: list, edges: np.ndarray, **style) -> StepPatch:
     numbers = _floats(values)
     numbers = numbers[np.isfinite(numbers)]
     return panel.stairs(np.histogram(numbers, edges)[0] / max(1, len(numbers)), edges, **style)
-
-
-def _row(metric: str, value: float, bounds: tuple[float, float], better: str | None, note: str) -> dict:
-    """A row of the report; what is not finite becomes None."""
-    value, low, high = (float(v) if np.isfinite(v) else None for v in (value, *bounds))
-    return {"metric": metric, "value": value, "low": low, "high": high, "better": better, "unit": "", "note": note}
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

@@ -44,6 +44,7 @@ from scripts.checks import check_positive, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.distributed import gathered
 from scripts.errors import BundleError
+from scripts.evaluation import metric_row
 from scripts.pictures import draw_box, save_figure
 
 PROTOCOLS = ("kwon2019", "wang2003", "monai")
@@ -449,17 +450,7 @@ class Diversity:
             alike = int((values > ALIKE).sum())
             if alike:
                 note += f"; {alike} pairs above {ALIKE}, nearly the same volume twice"
-            rows.append(
-                {
-                    "metric": f"ms_ssim_{name}",
-                    "value": float(values.mean()),
-                    "low": low if np.isfinite(low) else None,
-                    "high": high if np.isfinite(high) else None,
-                    "better": "real",
-                    "unit": "",
-                    "note": note,
-                }
-            )
+            rows.append(metric_row(f"ms_ssim_{name}", values.mean(), low, high, "real", note))
             opposite = int((values == 0).sum())
             if opposite:
                 notes.append(

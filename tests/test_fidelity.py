@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.features import MedicalNet, PCAFeatures, SliceNetwork
-from scripts.fidelity import Fidelity, frechet_distances, prdc, row, unbiased_mmd, volume_kernel
+from scripts.fidelity import Fidelity, frechet_distances, prdc, resampled_row, unbiased_mmd, volume_kernel
 
 
 def frechet_by_matrix_root(x, y):
@@ -129,10 +129,10 @@ def test_a_resample_without_the_covering_volume_does_not_cover():
 
 
 def test_the_interval_surrounds_the_estimate_though_resamples_are_biased():
-    found = row("m", np.array([5.0, *np.linspace(7, 9, 101)]), "lower", (0, None))
+    found = resampled_row("m", np.array([5.0, *np.linspace(7, 9, 101)]), "lower", (0, None))
     assert (found["value"], found["low"], found["high"]) == pytest.approx((5, 4.05, 5.95))
-    assert row("m", np.array([0.0, 1, 2, 3]), "lower", (0, None))["low"] == 0
-    assert row("m", None, "lower", (0, None), "why")["value"] is None
+    assert resampled_row("m", np.array([0.0, 1, 2, 3]), "lower", (0, None))["low"] == 0
+    assert resampled_row("m", None, "lower", (0, None), "why")["value"] is None
 
 
 def blobs(n, seed, shape=(20, 24, 20)):
