@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from functools import partial
+from inspect import signature
 from unittest import mock
 
 import numpy as np
@@ -28,8 +29,9 @@ tqdm, has_tqdm = optional_import("tqdm", name="tqdm")  # an environment made for
 logger = logging.getLogger(__name__)
 
 
-def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int) -> None:
-    """Raises BundleError for an unknown solver or a number of steps that the training schedule does not have."""
+def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int, eta: float | None = None) -> None:
+    """Raises BundleError for an unknown solver, a number of steps that the training schedule does not have, or an `eta`
+    that is below 0 or that the solver does not take."""
     if solver not in SOLVERS:
         raise BundleError(f"solver: {solver!r} is unknown; it must be one of {tuple(SOLVERS)}")
     whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
@@ -38,6 +40,10 @@ def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int
             f"num_inference_steps: {num_inference_steps!r} was given; it must be a whole number from 1 to "
             f"num_train_timesteps = {num_train_timesteps}"
         )
+    if eta is not None and "eta" not in signature(SOLVERS[solver]).parameters:
+        raise BundleError(f"eta: {eta!r} was given, but solver {solver!r} takes none; 'ddim' and 'dpmpp_2m_sde' do")
+    if eta is not None and not (isinstance(eta, (int, float)) and eta >= 0):
+        raise BundleError(f"eta: {eta!r} was given; it must be a number from 0")
 
 
 def volume_seed(noise: torch.Tensor) -> int:
@@ -102,7 +108,7 @@ class DiffusionSampler(nn.Module):
         halve_batch_on_oom: bool = True,
     ) -> None:
         super().__init__()
-        check_solver(solver, num_inference_steps, scheduler.num_train_timesteps)
+        check_solver(solver, num_inference_steps, scheduler.num_train_timesteps, eta)
         check_prediction_type(prediction_type)
         self.with_steps = partial(
             DiffusionSampler,

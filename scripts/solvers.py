@@ -29,9 +29,9 @@ def ddim(a: np.ndarray, s: np.ndarray, eta: float = 0.0) -> np.ndarray:
     return np.stack([direction, a_next - a * direction, np.zeros_like(a), c_z], 1)
 
 
-def ddpm(a: np.ndarray, s: np.ndarray, eta: float = 1.0) -> np.ndarray:
+def ddpm(a: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Ancestral sampling: the posterior between the levels that are really visited (Ho et al. 2020, Eq. 6-7; Nichol &
-    Dhariwal 2021, Eq. 19), which is DDIM with eta = 1 whatever `eta` says."""
+    Dhariwal 2021, Eq. 19), which is DDIM with eta = 1."""
     return ddim(a, s, 1.0)
 
 
@@ -51,7 +51,7 @@ def _multistep(a: np.ndarray, s: np.ndarray, eta: float, weight: Callable[[float
     return table
 
 
-def dpmpp_2m(a: np.ndarray, s: np.ndarray, eta: float = 0.0) -> np.ndarray:
+def dpmpp_2m(a: np.ndarray, s: np.ndarray) -> np.ndarray:
     """DPM-Solver++ 2M (Lu et al. 2022, Alg. 2), deterministic."""
     return _multistep(a, s, 0.0, lambda h: 0.5)
 
@@ -61,7 +61,7 @@ def dpmpp_2m_sde(a: np.ndarray, s: np.ndarray, eta: float = 1.0) -> np.ndarray:
     return _multistep(a, s, eta, lambda h: 0.5)
 
 
-def gaussian_2m(a: np.ndarray, s: np.ndarray, eta: float = 0.0) -> np.ndarray:
+def gaussian_2m(a: np.ndarray, s: np.ndarray) -> np.ndarray:
     """DPM-Solver++ 2M with its 1/2 replaced by the weight that leaves the spread of Gaussian data as it is.
 
     The 2M weight, 1/2, is exact as h -> 0; at the large steps of a fast sampler it widens every mode of Gaussian data.

@@ -84,3 +84,11 @@ def test_unknown_words_are_refused_with_the_known_ones(unet, scheduler):
         DiffusionSampler(unet, scheduler, 2, "euler")
     with pytest.raises(BundleError, match="prediction_type: 'noise' is unknown"):
         DiffusionSampler(unet, scheduler, 2, "ddpm", "noise")
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "gaussian_2m"])
+def test_eta_is_refused_where_it_would_change_nothing(unet, scheduler, solver):
+    with pytest.raises(BundleError, match=f"eta: 0.5 was given, but solver '{solver}' takes none; 'ddim' and"):
+        DiffusionSampler(unet, scheduler, 2, solver, eta=0.5)
+    with pytest.raises(BundleError, match="eta: -1 was given; it must be a number from 0"):
+        DiffusionSampler(unet, scheduler, 2, "ddim", eta=-1)
