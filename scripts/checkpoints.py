@@ -312,10 +312,8 @@ def check_space(ckpt_dir: str, network: nn.Module, checkpoints_kept: int) -> Non
         BundleError: not even one checkpoint fits. If one does, but not all that are kept, there is a warning.
     """
     weights = bytes_of(network.state_dict())
-    one, all_of_them = (
-        5 * weights,
-        (4 * (checkpoints_kept + 1) + 1) * weights,
-    )  # an old one goes after a new one is there
+    one = 5 * weights
+    all_of_them = (4 * (checkpoints_kept + 1) + 1) * weights  # an old one goes after a new one is there
     free = shutil.disk_usage(ckpt_dir).free
     there = sum(map(os.path.getsize, checkpoints_in(ckpt_dir)))
     sizes = (

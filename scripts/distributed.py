@@ -7,8 +7,10 @@ run of one process, where nothing is shared out and nothing is waited for.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -178,7 +180,8 @@ class Guard:
 
     torchrun ends the others only after the first has ended, and can do so only gently for 30 seconds: a process that
     waits for another one in a collective operation hears no SIGTERM that Python handles. So each has a thread that
-    looks every second whether another one has failed, and ends its process if that does not end by itself.
+    looks every second whether another one has failed, and ends its process if that does not end by itself. Where the
+    launcher was killed it sends its process the SIGTERM that the launcher cannot send any more.
 
     Args:
         connect: gives a new connection to the store of the processes.
@@ -188,7 +191,7 @@ class Guard:
 
     def __init__(self, connect: Callable[[], dist.Store], rank: int, previous: Callable) -> None:
         self.store, self.answers = connect(), connect()  # one a thread: a waiting call keeps others out
-        self.rank, self.previous = rank, previous
+        self.rank, self.previous, self.launcher = rank, previous, os.getppid()
         self.ending = threading.Event()
         self.watcher = threading.Thread(target=self.watch, daemon=True)
         self.watcher.start()
@@ -212,17 +215,22 @@ class Guard:
             print(f"error: rank {self.rank} ends, since {first}", file=sys.stderr)
 
     def watch(self) -> None:
-        try:
-            while not self.store.check([FAILED]):
+        first = ""
+        with contextlib.suppress(RuntimeError):  # of the store: who keeps it, the launcher or rank 0, has ended
+            while os.getppid() == self.launcher and not self.store.check([FAILED]):
                 if self.ending.wait(1):
                     return
-            first = self.store.get(FAILED).decode()
-        except RuntimeError:  # the launcher is gone, and has ended its processes or cannot any more
+            if os.getppid() == self.launcher:
+                first = self.store.get(FAILED).decode()
+        if self.ending.wait(GRACE if first else 1):
             return
-        if not self.ending.wait(GRACE):
-            # no lock of the interpreter's own streams, which the main thread may hold
+        # no lock of the interpreter's own streams, which the main thread may hold
+        if first:
             os.write(2, f"error: rank {self.rank} is ended, since {first}\n".encode())
             os._exit(1)
+        if os.getppid() != self.launcher:
+            os.write(2, f"rank {self.rank} ends, since torchrun was killed\n".encode())
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def end(self) -> None:
         """The process ends by itself. Python must not find the thread within the store: C++ would abort the process."""

@@ -31,7 +31,8 @@ def run(processes, verb, config, overlay, options):
     configs = [f"configs/{config}.json"] + ([f"configs/{overlay}.json"] if processes > 1 else [])
     launcher = [sys.executable, "-m"]
     if processes > 1:
-        launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]  # wherever PATH leads
+        launcher = [*torchrun, "--standalone", f"--nproc_per_node={processes}", "-m"]
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     start = time.monotonic()
     command = [*launcher, "monai.bundle", *verb, "--config_file", str(configs), *options]
@@ -69,7 +70,7 @@ def main(folder):
         load = os.getloadavg()[0]
         seconds.setdefault(n, []).append(run(n, ["run"], "inference", "multi_gpu_inference", SAMPLING + output))
         print(f"{n} processes: {seconds[n][-1]:.1f} s for 8 volumes (load average {load:.1f} before)", flush=True)
-    for path in sorted((folder / "samples_1_0").glob("*.*")):
+    for path in sorted((folder / "samples_1_0").glob("[!.]*")):
         same = path.read_bytes() == (folder / "samples_2_0" / path.name).read_bytes()
         print(path.name, "the same bytes" if same else "DIFFERS")
 

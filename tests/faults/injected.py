@@ -9,7 +9,8 @@ from ignite.engine import Events
 
 
 class Fault:
-    """At the start of an iteration, on the ranks of `what`: {rank: "error", "kill", "wait" (in a C call) or "nan"}.
+    """At the start of an iteration, on the ranks of `what`: {rank: "error", "kill", "wait" (in a C call), "nan", or a
+    number, of the signal that torchrun gets}.
 
     Once, and only before torchrun has started the processes anew.
     """
@@ -30,5 +31,7 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "wait":
             ctypes.CDLL(None).sleep(600)  # without the interpreter's lock, as a collective operation waits
+        if isinstance(kind, int):
+            os.kill(os.getppid(), kind)
         if kind == "nan":
             engine.state.batch["image"].fill_(float("nan"))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import pytest
 from conftest import ROOT, run_bundle, train
@@ -56,6 +57,22 @@ def test_an_error_of_one_process_ends_all_with_its_message(what, cohort, tmp_pat
 def test_a_killed_process_ends_all(cohort, tmp_path):
     done = with_fault(cohort, tmp_path, 3, what={"1": "kill"})
     assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_torchrun_that_is_ended_leaves_a_checkpoint(number, cohort, undisturbed, tmp_path):
+    options = {"max_iterations": 1000, "val_interval": 1000, "preview_interval": 1000, "checkpoint_interval": 1000}
+    done = with_fault(cohort, tmp_path, 3, what={"0": number}, **options)  # returns when all processes have ended
+    assert done.returncode != 0
+    assert "stopped by SIGTERM after iteration" in done.stdout + done.stderr, done.stderr
+    stopped = len(table(tmp_path / "loss.csv"))
+    assert 3 <= stopped < 1000 and list(tmp_path.glob(f"models/checkpoint_{stopped:08d}.pt"))
+    done = train_two(
+        cohort, tmp_path, amp="float32", resume="true", **LONGER | {"max_iterations": max(20, stopped + 1)}
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(row["loss"]) for row in table(tmp_path / "loss.csv")]
+    assert losses[:20] == pytest.approx(undisturbed, abs=1e-4)
 
 
 @pytest.mark.parametrize("store", [{}, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}])
