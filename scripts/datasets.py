@@ -29,7 +29,7 @@ from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
-from scripts.errors import BundleError, root_bundle_error
+from scripts.errors import BundleError, LoaderDied, root_bundle_error
 from scripts.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class LoaderErrors:
         found = re.search(r"DataLoader worker \(pid.*(killed|exited)", text)
         if isinstance(error, RuntimeError) and found or isinstance(error, (ConnectionError, EOFError)):
             reason = (text.strip().splitlines() or [type(error).__name__])[0]
-            raise BundleError(
+            raise LoaderDied(
                 f"num_workers: a loader process has died ({reason}); if nobody stopped it, "
                 "memory ran out: fewer num_workers, `--cache disk` or a smaller batch_size would be right, and "
                 "--resume true goes on from the newest checkpoint"

@@ -10,6 +10,10 @@ class BundleError(ValueError):
     """What the user gave cannot be used: one sentence with the file or key, what was found, what would be right."""
 
 
+class LoaderDied(BundleError):
+    """A process of a data loader has ended before its time."""
+
+
 def root_bundle_error(error: BaseException | None) -> BundleError | None:
     """The `BundleError` at the bottom of a chain of exceptions (MONAI wraps what a config raises), or None."""
     while error is not None:

@@ -15,8 +15,8 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.data.utils import worker_init_fn
 
-from scripts.checkpoints import CheckpointHandler, bytes_of
-from scripts.errors import BundleError
+from scripts.checkpoints import CheckpointHandler, bytes_of, checkpoints_in, iteration_of
+from scripts.errors import BundleError, LoaderDied
 
 logger = logging.getLogger(__name__)
 TIME_LIMIT = 1  # a reason to stop; the other ones are the numbers of signals, which are greater
@@ -90,6 +90,11 @@ class Stop:
         previous = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
             yield
+        except LoaderDied:
+            if not self.asked:
+                raise
+            # the signal that everybody got came while the loader processes were starting and could not yet pass over it
+            raise self.ended(trainer, checkpoints, self.asked) from None
         finally:
             removable.remove()
             for number, handler in previous.items():
@@ -123,18 +128,24 @@ class Stop:
             self.end(engine, checkpoints, asked)
 
     def end(self, engine: Engine, checkpoints: CheckpointHandler, asked: int) -> None:
-        iteration = engine.state.iteration
-        if iteration:
+        if engine.state.iteration:
             checkpoints(engine)
-            kept = (
-                f"{checkpoints.path(iteration)} holds everything; the same command with --resume true goes on from it"
-            )
-        else:
-            kept = "there was nothing to keep yet; the same command begins again"
         for record in checkpoints.records:
             record.flush()
         idist.barrier()  # a launcher may end all processes as soon as one has ended
+        raise self.ended(engine, checkpoints, asked)
+
+    def ended(self, engine: Engine, checkpoints: CheckpointHandler, asked: int) -> SystemExit:
+        """Say what there is to go on from; the exception to raise."""
+        kept = "there was nothing to keep yet; the same command begins again"
+        if newest := checkpoints_in(checkpoints.ckpt_dir)[:1]:
+            kept = (
+                f"{newest[0]} holds everything up to iteration {iteration_of(newest[0])}; the same command with "
+                "--resume true goes on from it"
+            )
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # torchrun begins again after any status but 0
         status = 0 if restarts and asked == TIME_LIMIT else STATUS[asked]
-        logger.warning(f"stopped by {NAME[asked]} after iteration {iteration} (exit status {status}): {kept}")
-        raise SystemExit(status)
+        logger.warning(
+            f"stopped by {NAME[asked]} after iteration {engine.state.iteration} (exit status {status}): {kept}"
+        )
+        return SystemExit(status)

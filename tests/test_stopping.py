@@ -13,7 +13,7 @@ from ignite.engine import Engine
 
 from scripts import stopping
 from scripts.checkpoints import CheckpointHandler
-from scripts.errors import BundleError
+from scripts.errors import BundleError, LoaderDied
 from scripts.stopping import Stop
 
 
@@ -25,11 +25,11 @@ class Clock:
         monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
 
 
-def run(folder, stop, at_iteration, iterations=100):
+def run(folder, stop, at_iteration, iterations=100, interval=1000):
     """Run a trainer that calls `at_iteration` within each iteration; returns the exit status, and where it stopped."""
     network = torch.nn.Linear(1, 1)
     parts = {"network": network, "ema": network, "optimizer": torch.optim.SGD(network.parameters(), 0.1)}
-    checkpoints = CheckpointHandler(str(folder), parts, 1000, 3, {})
+    checkpoints = CheckpointHandler(str(folder), parts, interval, 3, {})
     trainer = Engine(lambda engine, batch: at_iteration(engine.state.iteration))
     checkpoints.attach(trainer)
     with stop.watch(trainer, checkpoints):
@@ -78,6 +78,29 @@ def test_a_second_sigterm_changes_nothing(tmp_path, monkeypatch):
             clock.now += 60
 
     assert run(tmp_path, Stop(None, clock.now), twice) == (143, 1)
+
+
+@pytest.mark.parametrize("iteration", [1, 5])
+def test_a_signal_that_also_ends_a_loader_process_is_still_a_stop(tmp_path, caplog, iteration):
+    def both(i):
+        if i == iteration:
+            signal.raise_signal(signal.SIGTERM)
+            raise LoaderDied("num_workers: a loader process has died")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, Stop(None, time.monotonic()), both, interval=2)
+    assert stopped.value.code == 143
+    newest = tmp_path / "checkpoint_00000004.pt"
+    kept = f"{newest} holds everything up to iteration 4" if iteration == 5 else "there was nothing to keep yet"
+    assert kept in caplog.text
+
+
+def test_a_loader_process_that_dies_by_itself_is_an_error(tmp_path):
+    def die(i):
+        raise LoaderDied("num_workers: a loader process has died")
+
+    with pytest.raises(LoaderDied):
+        run(tmp_path, Stop(None, time.monotonic()), die)
 
 
 def test_the_time_limit_leaves_room_for_the_longest_iteration_so_far(tmp_path, monkeypatch):
