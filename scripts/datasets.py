@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ import monai
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import CacheDataset, ImageReader, PersistentDataset
+from monai.data import CacheDataset, NibabelReader, PersistentDataset
 from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
@@ -36,24 +37,18 @@ logger = logging.getLogger(__name__)
 CACHES = ("memory", "disk", "none")
 
 
-class ValuePickler(pickle.Pickler):
-    """Pickles a structure by its values alone: a plain pickle also tells which of its strings are one object, and what
-    a reader of MONAI's `LoadImage` has read last."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.fast = True  # without a memory of objects
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, ImageReader):
-            return NotImplemented
-        return object.__new__, (type(obj),), {key: value for key, value in vars(obj).items() if key != "filenames"}
+def without_filenames(reader: NibabelReader) -> tuple:
+    """How to pickle a reader without the names of the files that it has read last."""
+    return object.__new__, (type(reader),), {key: value for key, value in vars(reader).items() if key != "filenames"}
 
 
 def hash_of(content: Any) -> str:
-    """A hash of a structure by its values."""
+    """A hash of a structure by its values alone; a plain pickle also tells which of its strings are one object."""
     pickled = io.BytesIO()
-    ValuePickler(pickled).dump(content)
+    pickler = pickle.Pickler(pickled)
+    pickler.fast = True  # without that memory
+    pickler.dispatch_table = copyreg.dispatch_table | {NibabelReader: without_filenames}
+    pickler.dump(content)
     return hashlib.sha256(pickled.getvalue()).hexdigest()
 
 

@@ -15,18 +15,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY_NETWORK
 
 from scripts.datalist import find_images, problem_of, readable
 from scripts.errors import BundleError
 
-ROOT = Path(__file__).parents[2]
-TINY = {
-    "spatial_shape": "[16,16,16]",
-    "channels": "[8,8]",
-    "attention_levels": "[False,True]",
-    "num_head_channels": "[0,8]",
-    "norm_num_groups": "8",
-    "num_train_timesteps": "10",
+TINY = TINY_NETWORK | {
     "batch_size": "2",
     "max_iterations": "100000",
     "checkpoint_interval": "100000",
