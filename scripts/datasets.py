@@ -146,9 +146,9 @@ class DiskCache(PersistentDataset):
 def abandoned(path: Path) -> bool:
     """Whether the process that was writing a temporary file of `DiskCache.keep` was killed, as far as can be known."""
     found = re.search(r"\.(\d+)@(.+)\.partial$", path.name)
-    if found and found[2] == socket.gethostname() and os.path.isdir("/proc/self"):
-        return not os.path.isdir(f"/proc/{found[1]}")
-    return path.stat().st_mtime < time.time() - 3600  # of another machine, or of a system without /proc
+    here = found and found[2] == socket.gethostname() and os.path.isdir("/proc/self")
+    # an hour: of another machine, of a system without /proc, or the number has been given to another process
+    return bool(here and not os.path.isdir(f"/proc/{found[1]}")) or path.stat().st_mtime < time.time() - 3600
 
 
 @lru_cache  # once a process: training and validation share a folder

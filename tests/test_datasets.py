@@ -354,8 +354,9 @@ def test_what_a_killed_run_left_half_written_is_removed(scans, tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     host, old, new = socket.gethostname(), time.time() - 4000, time.time()
-    kept = {f"a.{os.getpid()}@{host}.partial": old, f"b.{ended.pid}@another.host.partial": new}
-    removed = {f"c.{ended.pid}@{host}.partial": new, f"d.{os.getpid()}@another.host.partial": old}
+    kept = {f"a.{os.getpid()}@{host}.partial": new, f"b.{ended.pid}@another.host.partial": new}
+    removed = {f"c.{ended.pid}@{host}.partial": new, f"d.{ended.pid}@another.host.partial": old}
+    removed[f"e.{os.getpid()}@{host}.partial"] = old
     for name, changed in (kept | removed).items():
         (folder / name).touch()
         os.utime(folder / name, (changed, changed))
