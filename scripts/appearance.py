@@ -6,7 +6,6 @@ A blurred generator lacks power at high spatial frequencies, a noisy one has too
 from __future__ import annotations
 
 import os
-import re
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import check_positive
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
-from scripts.evaluation import metric_row
+from scripts.evaluation import metric_row, slug
 from scripts.pictures import save_figure, triplanar
 
 NYQUIST = 0.5  # cycles a voxel
@@ -450,7 +449,7 @@ class Appearance:
         return save_figure(
             figure,
             folder,
-            f"appearance_extremes_{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', cohort.name)}.png",
+            f"appearance_extremes_{number}_{slug(cohort.name)}.png",
             f"{cohort.name}: best and worst",
             f"The {count} volumes of {cohort.name} with the smallest and the {count} with the largest root mean square "
             "difference to their nearest real volume, which is shown beside. A very small distance may be a copy: see "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from scripts.cohorts import HELD_OUT, Cohort, Cohorts
 from scripts.errors import BundleError
-from scripts.evaluation import Measure
+from scripts.evaluation import Measure, slug
 from scripts.report import HEADLINES
 
 
@@ -103,7 +102,7 @@ class ByClass:
         """The figures of every measure for every class, in a folder a class."""
         figures = []
         for number, name in enumerate(self.class_names, 1):
-            place = f"class_{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}"
+            place = f"class_{number}_{slug(name)}"
             os.makedirs(os.path.join(folder, place), exist_ok=True)
             parts = self.of_class(name, cohorts)
             for measure in self.measures:

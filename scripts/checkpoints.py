@@ -21,7 +21,7 @@ from torch import nn
 
 from scripts.distributed import note_launch, started_anew
 from scripts.errors import BundleError
-from scripts.files import save_tensors, write_atomically
+from scripts.files import save_tensors, set_aside, write_atomically, write_text
 from scripts.intervals import IntervalHandler
 
 logger = logging.getLogger(__name__)
@@ -76,17 +76,6 @@ def newest_whole(
             continue
         return content, path
     return None, None
-
-
-def set_aside(paths: Sequence[str], ckpt_dir: str, name: str) -> str:
-    """Move files to a new folder `ckpt_dir`/`name`_1 (2, 3, ...), whose path is returned."""
-    number = 1
-    while os.path.exists(folder := os.path.join(ckpt_dir, f"{name}_{number}")):
-        number += 1
-    os.makedirs(folder)
-    for path in paths:
-        shutil.move(path, folder)
-    return folder
 
 
 def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
@@ -402,7 +391,7 @@ class CheckpointHandler(IntervalHandler):
         if described(model) | {"iteration": iteration} != description and os.path.exists(model):
             os.remove(model)  # of an earlier training, which `ResumeHandler` has copied
         text = json.dumps(description, indent=4) + "\n"
-        write_atomically(os.path.join(self.ckpt_dir, "model.json"), lambda path: Path(path).write_text(text))
+        write_text(os.path.join(self.ckpt_dir, "model.json"), text)
         write_atomically(model, lambda path: save_tensors(weights, path))
 
 
@@ -429,4 +418,4 @@ def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
             save_tensors(state_dict, temporary)
 
     write_atomically(path, write)
-    write_atomically(os.path.splitext(path)[0] + ".json", lambda temporary: Path(temporary).write_text(text))
+    write_text(os.path.splitext(path)[0] + ".json", text)

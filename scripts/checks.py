@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.schedulers import NoiseSchedules
@@ -13,10 +14,15 @@ from scripts.diffusion import check_prediction_type
 from scripts.errors import BundleError
 
 
+def is_number(value: Any) -> bool:
+    """Whether a knob is a number; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_positive(**knobs: float) -> None:
     """Every knob is a number above zero."""
     for key, value in knobs.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not is_number(value) or not value > 0:
             raise BundleError(f"{key}: {value!r} was given; it must be a number above 0")
 
 
@@ -34,8 +40,7 @@ def check_accumulation(accumulation_steps: int, **counts: int) -> None:
 def check_surge(max_grad_norm: float | None, surge_factor: float | None, surge_retries: int) -> None:
     """The knobs of `scripts.surge`."""
     for key, value, least in (("max_grad_norm", max_grad_norm, 0), ("surge_factor", surge_factor, 1)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and value > least):
+        if value is not None and not (is_number(value) and value > least):
             raise BundleError(f"{key}: {value!r} was given; it must be a number above {least}, or None to do without")
     if isinstance(surge_retries, bool) or not isinstance(surge_retries, int) or surge_retries < 0:
         raise BundleError(f"surge_retries: {surge_retries!r} was given; it must be a whole number, 0 or more")

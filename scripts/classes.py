@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from scripts.checks import is_number
 from scripts.errors import BundleError
 
 LONGEST_NAME = 100  # bytes; it becomes the name of a folder and a part of dataset_<name>.json
@@ -35,8 +36,7 @@ def check_classes(class_names: Sequence[str] | None, class_dropout: float = 0.0)
             f"class_names: {class_names!r} was given; it must be null or a list of different names, each beginning "
             f"with a letter, without a slash and of at most {LONGEST_NAME} bytes, such as ['glioma', 'no_tumor']"
         )
-    number = isinstance(class_dropout, (int, float)) and not isinstance(class_dropout, bool)
-    if not number or not 0 <= class_dropout <= 1:
+    if not is_number(class_dropout) or not 0 <= class_dropout <= 1:
         raise BundleError(f"class_dropout: {class_dropout!r} was given; it must be a number from 0 to 1, such as 0.1")
 
 
@@ -150,8 +150,7 @@ def labels_of(
             raise BundleError(f"class_label: {label!r} was given; it must be {known}")
     if not labels:
         raise BundleError(f"class_label: an empty list was given; it must be {known}")
-    number = isinstance(guidance_scale, (int, float)) and not isinstance(guidance_scale, bool)
-    if not number or not 0 <= guidance_scale < float("inf"):
+    if not is_number(guidance_scale) or not 0 <= guidance_scale < float("inf"):
         raise BundleError(f"guidance_scale: {guidance_scale!r} was given; it must be a number, 0 or more")
     if guidance_scale != 1 and set(labels) == {len(names)}:
         right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names),"

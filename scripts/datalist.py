@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from scripts.errors import BundleError
-from scripts.files import write_atomically
+from scripts.files import write_text
 from scripts.slices import grey, is_picture
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def write_marks(path: str, version: str, marks: set[str]) -> None:
     text = json.dumps({"version": version, "good": sorted(marks)})
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+        write_text(path, text)
     except (OSError, BundleError) as e:
         logger.warning(f"the next start will check all files again: {e}")
 

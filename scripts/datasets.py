@@ -31,7 +31,7 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
 from scripts.errors import BundleError, LoaderDied, root_bundle_error
-from scripts.files import write_atomically
+from scripts.files import write_text
 
 logger = logging.getLogger(__name__)
 CACHES = ("memory", "disk", "none")
@@ -361,6 +361,5 @@ def summarise(
         return statistics["median"]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for place, content in written.items():
-        text = json.dumps(content, indent=4)
-        write_atomically(place, lambda temporary, text=text: Path(temporary).write_text(text))
+        write_text(place, json.dumps(content, indent=4))
     return statistics["median"]

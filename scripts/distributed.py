@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from scripts.errors import BundleError, report_plainly, root_bundle_error
-from scripts.files import write_atomically
+from scripts.files import write_text
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def note_launch(folder: str) -> None:
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if launch != "none" and idist.get_rank() == 0:
         os.makedirs(folder, exist_ok=True)
-        write_atomically(os.path.join(folder, LAUNCH), lambda temporary: Path(temporary).write_text(launch))
+        write_text(os.path.join(folder, LAUNCH), launch)
 
 
 def guard() -> None:

@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events, State
 from scripts.cohorts import Cohort, Cohorts
 from scripts.distributed import gathered, share
 from scripts.errors import BundleError
-from scripts.files import write_atomically
+from scripts.files import write_atomically, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +94,13 @@ def without_nan(value: Any) -> Any:
 def write_json(content: Any, path: str) -> None:
     """Write a structure as JSON; the file is whole or absent."""
     text = json.dumps(without_nan(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))
+    write_text(path, text + "\n")
 
 
 def kept(path: str, key: str) -> dict | None:
     """The result in `path` if it was made from the same voxels with the same settings, else None."""
     try:
-        part = json.loads(Path(path).read_text())
+        part = json.loads(Path(path).read_text(encoding="utf-8"))
         return part["result"] if part["key"] == key else None
     except (OSError, ValueError, KeyError):
         return None

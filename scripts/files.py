@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,25 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
             raise BundleError(f"{path!r} could not be written ({reason(e)}); earlier files are untouched") from e
         raise
     flush_folder(os.path.dirname(path) or ".")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all, see `write_atomically`."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def set_aside(paths: Iterable[str], folder: str, name: str) -> str:
+    """Move files from below `folder` to a new `folder`/`name`_1 (2, 3, ...), whose path is returned; their own folders
+    come along."""
+    number = 1
+    while os.path.exists(aside := os.path.join(folder, f"{name}_{number}")):
+        number += 1
+    os.makedirs(aside, exist_ok=True)  # several processes may come here at a time
+    for path in paths:
+        place = os.path.join(aside, os.path.relpath(path, folder))
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        os.replace(path, place)
+    return aside
 
 
 def flush_folder(folder: str) -> None:

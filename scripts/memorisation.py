@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,7 +39,7 @@ from scripts.bootstrap import bootstrap_counts, interval
 from scripts.checks import check_positive, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
-from scripts.evaluation import metric_row
+from scripts.evaluation import metric_row, slug
 from scripts.pictures import save_figure, triplanar
 
 
@@ -618,7 +617,7 @@ class Memorisation:
             panel.set_title(title, fontsize=9)
         bar = figure.colorbar(shown, ax=panels[:, 2].tolist(), fraction=0.04, pad=0.02, shrink=min(1, 2 / len(images)))
         bar.ax.tick_params(labelsize=7)
-        file = f"memorisation_pairs_{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', cohort.name)}.png"
+        file = f"memorisation_pairs_{number}_{slug(cohort.name)}.png"
         title = f"{cohort.name}: the volumes most like a training volume"
         caption = (
             f"The {len(images)} of {len(cohort)} volumes that correlate most with a training volume, the training "

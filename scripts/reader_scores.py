@@ -8,14 +8,13 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
 from scripts.errors import BundleError
-from scripts.files import write_atomically
+from scripts.files import write_atomically, write_text
 
 logger = logging.getLogger(__name__)
 REAL, POOLED = "real", "pooled"
@@ -263,7 +262,7 @@ def score(key_file: str, answers: Sequence[str] | str | None, output_dir: str) -
     os.makedirs(output_dir, exist_ok=True)
     write_atomically(os.path.join(output_dir, "scores.csv"), write_csv)
     path = os.path.join(output_dir, "scores.md")
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     print(text)
     logger.info(f"scores: {path} and scores.csv beside it")
     return scores

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from scripts.cohorts import HELD_OUT, Cohorts, named_folders
 from scripts.datalist import find_images
 from scripts.errors import BundleError
-from scripts.files import write_atomically
+from scripts.files import write_atomically, write_text
 from scripts.pictures import triplanar
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class ReaderStudy:
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         page = template.render(study=content, widths=widths, aspect=aspect)
-        write_atomically(self.page, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
+        write_text(self.page, page)
         logger.info(
             f"study {study}: {len(names)} images; give {self.page} to the readers and keep {self.key} from them"
         )

@@ -12,7 +12,7 @@ import ignite.distributed as idist
 import jinja2
 from ignite.engine import Engine, Events
 
-from scripts.files import write_atomically
+from scripts.files import write_text
 
 logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -114,7 +114,7 @@ def write_report(evaluation: dict[str, Any], output_dir: str) -> str:
         headlines=[headlines[metric] for metric in HEADLINES if metric in headlines],
     )
     path = os.path.join(output_dir, "report.html")
-    write_atomically(path, lambda temporary: Path(temporary).write_text(page))
+    write_text(path, page)
     logger.info(f"report: {path}")
     return path
 

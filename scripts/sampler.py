@@ -20,6 +20,7 @@ from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_dst_type, optional_import
 from torch import nn
 
+from scripts.checks import is_number
 from scripts.diffusion import check_prediction_type, levels_at, sample_coefficients, training_timesteps
 from scripts.errors import BundleError
 from scripts.memory import numbers, out_of_memory
@@ -42,7 +43,7 @@ def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int
         )
     if eta is not None and "eta" not in signature(SOLVERS[solver]).parameters:
         raise BundleError(f"eta: {eta!r} was given, but solver {solver!r} takes none; 'ddim' and 'dpmpp_2m_sde' do")
-    if eta is not None and not (isinstance(eta, (int, float)) and eta >= 0):
+    if eta is not None and not (is_number(eta) and eta >= 0):
         raise BundleError(f"eta: {eta!r} was given; it must be a number from 0")
 
 

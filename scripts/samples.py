@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from scripts.errors import BundleError
-from scripts.files import write_atomically
+from scripts.files import set_aside, write_text
 from scripts.locks import remove_partial
 from scripts.nifti import TORN, SaveVolumes, made_with, read_sample
 from scripts.pictures import MosaicHandler
@@ -75,7 +75,7 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
             raise BundleError(
                 f"resume: {found}; the same settings, another output_dir, or --resume false would be right"
             )
-        logger.warning(f"{found}; they were moved to {set_aside(others, saver.output_dir)!r}")
+        logger.warning(f"{found}; they were moved to {set_aside(others, saver.output_dir, '.previous')!r}")
     there = {path for path, mark in marks.items() if mark == saver.mark} if resume else set()
     left = [i for i in mine if not (places[i] in there and kept(data[i], places[i], mosaic))]
     if resume:
@@ -128,7 +128,7 @@ def record(saver: SaveVolumes) -> None:
     if found.get(saver.mark) != saver.made_with:
         text = json.dumps({**found, saver.mark: saver.made_with}, indent=4) + "\n"
         path = os.path.join(saver.output_dir, RECORD)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+        write_text(path, text)
 
 
 def differences(others: Mapping[str, str], saver: SaveVolumes) -> str:
@@ -143,18 +143,6 @@ def differences(others: Mapping[str, str], saver: SaveVolumes) -> str:
         if then.get(key) != now.get(key)
     ]
     return f"{', '.join(found)} (for example {path!r})"
-
-
-def set_aside(paths: Mapping[str, Any], output_dir: str) -> str:
-    """Move volumes to the next hidden folder .previous_1, 2, ..., which is returned; classes keep their folders."""
-    number = 1
-    while os.path.exists(folder := os.path.join(output_dir, f".previous_{number}")):
-        number += 1
-    for path in paths:
-        place = os.path.join(folder, os.path.relpath(path, output_dir))
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        os.replace(path, place)
-    return folder
 
 
 def warn_of_others(saver: SaveVolumes, folders: Sequence[str], places: Sequence[str]) -> None:

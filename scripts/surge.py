@@ -22,9 +22,10 @@ from monai.engines import IterationEvents, Trainer
 from monai.utils import CommonKeys
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.checkpoints import CheckpointHandler, ResumeHandler, checkpoints_in, iteration_of, newest_whole, set_aside
+from scripts.checkpoints import CheckpointHandler, ResumeHandler, checkpoints_in, iteration_of, newest_whole
 from scripts.distributed import gathered
 from scripts.errors import BundleError
+from scripts.files import set_aside
 from scripts.records import CsvRecord
 from scripts.stopping import Stop
 
