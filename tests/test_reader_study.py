@@ -296,6 +296,23 @@ class Reader:
     def element(self, name):
         return self.browser.find_element("id", name)
 
+    def open(self, page):
+        """The page from its address, once it has found what it kept."""
+        self.browser.get("about:blank")
+        self.browser.get(page)
+        self.until(lambda: any(self.element(part).is_displayed() for part in ("start", "reading", "done")))
+
+    def enter(self, name):
+        from selenium.webdriver.common.keys import Keys
+
+        self.element("reader").send_keys(name + Keys.ENTER)
+        self.until(lambda: self.element("reading").is_displayed() or self.element("done").is_displayed())
+
+    def until(self, met):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 20, 0.05).until(lambda browser: met())
+
     def press(self, key):
         time.sleep(0.3)
         self.browser.find_element("css selector", "body").send_keys(key)
@@ -329,12 +346,12 @@ def test_a_reader_goes_through_the_page_to_the_end(tmp_path, browser):
     small_study(tmp_path)
     key = rows_of(tmp_path / "key.csv")
     page = (tmp_path / "for_readers/reader_study.html").as_uri()
-    browser.get(page)
     reader = Reader(browser)
+    reader.open(page)
     assert not reader.element("reading").is_displayed()
     reader.press("r")  # goes into the field of the name, and answers nothing
     reader.element("reader").clear()
-    reader.element("reader").send_keys('  Ann  "A", B ' + Keys.ENTER)
+    reader.enter('  Ann  "A", B ')
     assert reader.count == "image 1 of 6" and not reader.element("next").is_enabled()
     assert reader.element("name").text == 'Ann "A", B'
     assert browser.execute_script("const i = document.getElementById('picture'); return i.naturalWidth") == 14 + 12 + 12
@@ -357,10 +374,9 @@ def test_a_reader_goes_through_the_page_to_the_end(tmp_path, browser):
     browser.execute_script(held)
     assert reader.count == "image 3 of 6"  # nor is a key that is held down
 
-    browser.refresh()
-    assert reader.count == "image 3 of 6" and reader.element("name").text == 'Ann "A", B'
-    browser.get("about:blank")
-    browser.get(page)
+    for _ in range(10):  # what was answered is always there
+        reader.open(page)
+        assert reader.count == "image 3 of 6" and reader.element("name").text == 'Ann "A", B'
     reader.press("s")
     reader.click("real")
     reader.click("back")
@@ -368,11 +384,11 @@ def test_a_reader_goes_through_the_page_to_the_end(tmp_path, browser):
     reader.click("next")
 
     reader.click("other")  # a second reader at the same computer begins anew, the first one's answers stay
-    reader.element("reader").send_keys("Bo" + Keys.ENTER)
+    reader.enter("Bo")
     assert reader.count == "image 1 of 6"
     reader.press("s")
     reader.click("other")
-    reader.element("reader").send_keys('Ann "A", B' + Keys.ENTER)
+    reader.enter('Ann "A", B')
     assert reader.count == "image 5 of 6"
 
     reader.press("s")
@@ -397,15 +413,33 @@ def test_a_reader_goes_through_the_page_to_the_end(tmp_path, browser):
     (accuracy,) = [r for r in scores if r["measure"] == "accuracy" and r["reader"] == 'Ann "A", B']
     assert (accuracy["count"], accuracy["of"]) == (right, 6)
 
-    # a browser that keeps nothing: the reader is told, and the page works
-    refuse = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('', 'SecurityError') }})"
+
+def test_a_browser_that_keeps_nothing(tmp_path, browser):
+    small_study(tmp_path)
+    refuse = "Object.defineProperty(window, 'indexedDB', {get() { throw new DOMException('', 'SecurityError') }})"
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
-    browser.refresh()
+    reader = Reader(browser)
+    reader.open((tmp_path / "for_readers/reader_study.html").as_uri())
     assert reader.element("no-storage").is_displayed()
-    reader.element("reader").send_keys("Cy" + Keys.ENTER)
+    reader.enter("Cy")
     for _ in range(6):
         reader.press("r")
     assert reader.count == "6 of 6 answered" and browser.get_log("browser") == []
+
+
+def test_a_browser_that_stops_keeping_says_so(tmp_path, browser):
+    small_study(tmp_path)
+    reader = Reader(browser)
+    reader.open((tmp_path / "for_readers/reader_study.html").as_uri())
+    reader.enter("Cy")
+    reader.press("r")
+    assert not reader.element("no-storage").is_displayed()
+    browser.execute_script("IDBObjectStore.prototype.put = function () { this.transaction.abort() }")
+    reader.press("s")
+    reader.until(reader.element("no-storage").is_displayed)
+    assert reader.count == "image 3 of 6"
+    reader.press("r")
+    assert reader.count == "image 4 of 6" and browser.get_log("browser") == []
 
 
 # ------------------------------------------------------------------------------------------------------ the commands
