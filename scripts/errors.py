@@ -33,7 +33,7 @@ def report_plainly() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         found = root_bundle_error(error)
         if issubclass(kind, KeyboardInterrupt):
-            print(f"error: {error or 'stopped by Ctrl-C'}", file=sys.stderr)
+            print(f"error: {str(error) or 'stopped by Ctrl-C'}", file=sys.stderr)
         elif found is None:
             previous(kind, error, trace)
         else:

@@ -21,6 +21,7 @@ from scripts.cohorts import Cohort, Cohorts
 from scripts.distributed import gathered, share
 from scripts.errors import BundleError
 from scripts.files import write_atomically, write_text
+from scripts.stopping import ending_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class CohortEvaluator(Engine):
     settings, files and notes), `metrics.csv` (a row a cohort), the figures in `figures/` and, as they come, single
     results in `parts/`: a run that was stopped goes on where it was. Handlers of EPOCH_COMPLETED find what metrics.json
     holds in `state.evaluation`, and {"<cohort>/<metric>": value} in `state.metrics`. Several processes share the work
-    out, see `Measure`; rank 0 gathers, and the handlers of the others find nothing.
+    out, see `Measure`; rank 0 gathers, and the handlers of the others find nothing. SIGTERM and Ctrl-C end it at once.
 
     Args:
         settings: what the user chose, for the record.
@@ -170,7 +171,15 @@ class CohortEvaluator(Engine):
         alone = [i for i, (measure, _) in enumerate(parts) if not getattr(measure, "together", False)]
         others = set(alone) - set(share(alone))
         self.results: dict[tuple[str, str], dict] = {}
-        return super().run([(i, *part) for i, part in enumerate(parts) if i not in others], max_epochs=1)
+        mine = [(i, *part) for i, part in enumerate(parts) if i not in others]
+
+        def advice() -> str:
+            there = sum(kept(*self.place(*part)) is not None for part in parts)
+            folder = os.path.join(self.output_dir, "parts")
+            return f"{there} of {len(parts)} results are in {folder!r}; the same command goes on"
+
+        with ending_at_once(self, advice):
+            return super().run(mine, max_epochs=1)
 
     def place(self, measure: Measure, cohort: Cohort) -> tuple[str, str]:
         """Where the result of a part is kept, and what it depends on."""

@@ -1,20 +1,15 @@
-"""A sampling run: what is there already, what it adds, and how it ends early."""
+"""A sampling run: what is there already, and what it adds."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ignite.distributed as idist
-from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from scripts.errors import BundleError
@@ -22,7 +17,7 @@ from scripts.files import set_aside, write_text
 from scripts.locks import remove_partial
 from scripts.nifti import TORN, SaveVolumes, made_with, read_sample
 from scripts.pictures import MosaicHandler
-from scripts.stopping import NAME, STATUS
+from scripts.stopping import ending_at_once
 
 logger = logging.getLogger(__name__)
 RECORD = "samples.json"
@@ -155,37 +150,3 @@ def warn_of_others(saver: SaveVolumes, folders: Sequence[str], places: Sequence[
             f"{len(others)} other volumes in {saver.output_dir!r} were made otherwise: {differences(others, saver)}; "
             "another output_dir would keep them apart"
         )
-
-
-@contextmanager
-def ending_at_once(evaluator: Engine, advice: Callable[[], str]) -> Iterator[None]:
-    """While an evaluator runs, SIGTERM and Ctrl-C end the process at once, with statuses 143 and 130.
-
-    Volumes are written one by one, each whole or not at all, so there is nothing to be finished. However the run ends
-    early, `advice` says what is there.
-    """
-    process, asked = os.getpid(), 0
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if os.getpid() == process:
-            asked = number
-            raise SystemExit(STATUS[number])
-
-    def again(engine: Engine) -> None:  # Python drops what is raised within a destructor
-        if asked:
-            raise SystemExit(STATUS[asked])
-
-    removable = evaluator.add_event_handler(Events.ITERATION_STARTED, again)
-    main = threading.current_thread() is threading.main_thread()  # where Python has signals
-    previous = {n: signal.signal(n, hear) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    try:
-        yield
-    except BaseException:
-        why = f"stopped by {NAME[asked]} (exit status {STATUS[asked]})" if asked else "stopped"
-        logger.warning(f"{why}: {advice()}")
-        raise
-    finally:
-        removable.remove()
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Ending a training early without losing anything: SIGTERM, Ctrl-C, and a time limit."""
+"""Ending a run early without losing anything: SIGTERM, Ctrl-C, and a time limit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -149,3 +149,37 @@ class Stop:
             f"stopped by {NAME[asked]} after iteration {engine.state.iteration} (exit status {status}): {kept}"
         )
         return SystemExit(status)
+
+
+@contextmanager
+def ending_at_once(engine: Engine, advice: Callable[[], str]) -> Iterator[None]:
+    """While an engine runs, SIGTERM and Ctrl-C end the process at once, with statuses 143 and 130.
+
+    For work whose results are kept one by one, each whole or not at all, so that there is nothing to be finished.
+    However the run ends early, `advice` says what is there.
+    """
+    process, asked = os.getpid(), 0
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if os.getpid() == process:
+            asked = number
+            raise SystemExit(STATUS[number])
+
+    def again() -> None:  # Python drops what is raised within a destructor
+        if asked:
+            raise SystemExit(STATUS[asked])
+
+    removable = engine.add_event_handler(Events.ITERATION_STARTED, again)
+    main = threading.current_thread() is threading.main_thread()  # where Python has signals
+    previous = {n: signal.signal(n, hear) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield
+    except BaseException:
+        why = f"stopped by {NAME[asked]} (exit status {STATUS[asked]})" if asked else "stopped"
+        logger.warning(f"{why}: {advice()}")
+        raise
+    finally:
+        removable.remove()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

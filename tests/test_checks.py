@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from scripts import checks
-from scripts.errors import BundleError, root_bundle_error
+from scripts.errors import BundleError, report_plainly, root_bundle_error
 
 PAPER = {
     "spatial_shape": [64, 64, 64],
@@ -150,3 +152,11 @@ def test_the_sentence_is_found_below_what_wraps_it():
     except RuntimeError as wrapped:
         assert str(root_bundle_error(wrapped)) == "the sentence"
     assert root_bundle_error(RuntimeError("another")) is None
+
+
+@pytest.mark.parametrize("said", ["", "stopped at once"])
+def test_ctrl_c_is_a_sentence(monkeypatch, capsys, said):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    report_plainly()
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(*[said] * bool(said)), None)
+    assert capsys.readouterr().err == f"error: {said or 'stopped by Ctrl-C'}\n"

@@ -109,6 +109,20 @@ def test_an_evaluation_killed_20_times_goes_on_to_the_same_numbers(knobs, undist
     print("\n".join(" | ".join(map(str, row)) for row in table))
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_at_once_and_it_says_how_to_go_on(knobs, undisturbed, tmp_path, number, status):
+    run = start(tmp_path, "run", **knobs, output_dir=tmp_path)
+    run.until(lambda: list(tmp_path.glob("parts/*.json")))
+    run.send(number)
+    assert run.wait() == status, run.text()
+    there, whole = (len(list(folder.glob("parts/*.json"))) for folder in (tmp_path, undisturbed))
+    assert f"{there} of {whole} results are in {str(tmp_path / 'parts')!r}; the same command goes on" in run.text()
+    assert "Traceback" not in run.text() and not (tmp_path / "metrics.json").exists()
+    again = start(tmp_path, "run", **knobs, output_dir=tmp_path)
+    assert again.wait() == 0, again.text()
+    complete(tmp_path, undisturbed)
+
+
 def test_a_second_evaluation_in_the_folder_is_told_before_any_work(knobs, tmp_path):
     output = tmp_path / "evaluation"
     output.mkdir()
