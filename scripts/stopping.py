@@ -57,6 +57,24 @@ def end_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+@contextmanager
+def listening(hear: Callable[[int], None]) -> Iterator[None]:
+    """Hand SIGTERM and Ctrl-C to `hear`, in the main thread, where Python has them; not in forks."""
+    process = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            hear(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class Stop:
     """Ends a training after the iteration under way, once asked to: with a checkpoint, how to go on, and a status.
 
@@ -75,7 +93,6 @@ class Stop:
     def __init__(self, time_limit: float | None, begun: float, accumulation_steps: int = 1) -> None:
         self.deadline = None if time_limit is None else begun + 60 * time_limit
         self.accumulation_steps = accumulation_steps
-        self.process = 0
         self.asked = 0  # the reason; a signal's number is greater than that of the time limit
         self.asked_at = 0.0
         self.longest = 0.0  # seconds that the slowest iteration took, with everything after it
@@ -83,26 +100,20 @@ class Stop:
 
     @contextmanager
     def watch(self, trainer: Engine, checkpoints: CheckpointHandler) -> Iterator[None]:
-        """While the trainer runs, listen to signals (in the main thread, where Python has them) and to the clock."""
-        self.process = os.getpid()
+        """While the trainer runs, listen to signals and to the clock."""
         removable = trainer.add_event_handler(Events.GET_BATCH_STARTED, self, checkpoints)
-        main = threading.current_thread() is threading.main_thread()
-        previous = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
-        try:
-            yield
-        except LoaderDied:
-            if not self.asked:
-                raise
-            # the signal that everybody got came while the loader processes were starting and could not yet pass over it
-            raise self.ended(trainer, checkpoints, self.asked) from None
-        finally:
-            removable.remove()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with listening(self.hear):
+            try:
+                yield
+            except LoaderDied:
+                if not self.asked:
+                    raise
+                # the signal that everybody got came while the loader processes were starting, and ended one of them
+                raise self.ended(trainer, checkpoints, self.asked) from None
+            finally:
+                removable.remove()
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a fork
-            return
+    def hear(self, number: int) -> None:
         now = time.monotonic()
         if not self.asked:
             self.asked, self.asked_at = number, now
@@ -158,28 +169,24 @@ def ending_at_once(engine: Engine, advice: Callable[[], str]) -> Iterator[None]:
     For work whose results are kept one by one, each whole or not at all, so that there is nothing to be finished.
     However the run ends early, `advice` says what is there.
     """
-    process, asked = os.getpid(), 0
+    asked = 0
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def hear(number: int) -> None:
         nonlocal asked
-        if os.getpid() == process:
-            asked = number
-            raise SystemExit(STATUS[number])
+        asked = number
+        raise SystemExit(STATUS[number])
 
     def again() -> None:  # Python drops what is raised within a destructor
         if asked:
             raise SystemExit(STATUS[asked])
 
     removable = engine.add_event_handler(Events.ITERATION_STARTED, again)
-    main = threading.current_thread() is threading.main_thread()  # where Python has signals
-    previous = {n: signal.signal(n, hear) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    try:
-        yield
-    except BaseException:
-        why = f"stopped by {NAME[asked]} (exit status {STATUS[asked]})" if asked else "stopped"
-        logger.warning(f"{why}: {advice()}")
-        raise
-    finally:
-        removable.remove()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with listening(hear):
+        try:
+            yield
+        except BaseException:
+            why = f"stopped by {NAME[asked]} (exit status {STATUS[asked]})" if asked else "stopped"
+            logger.warning(f"{why}: {advice()}")
+            raise
+        finally:
+            removable.remove()
