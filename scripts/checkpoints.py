@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from scripts.distributed import note_launch, started_anew
 from scripts.errors import BundleError
 from scripts.files import save_tensors, set_aside, write_atomically, write_text
 from scripts.intervals import IntervalHandler
+from scripts.networks import unet_of
+from scripts.wavelets import bands_of, grown
 
 logger = logging.getLogger(__name__)
 PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
@@ -136,30 +139,76 @@ def load_weights(network: nn.Module, ckpt_path: str, weights: str = "ema", **exp
             "--config_file configs/train.json --dataset_dir YOUR_SCANS`, or, as a small demonstration, by the first "
             "command of README.md; --ckpt_path names other ones"
         )
+    check_described(ckpt_path, expected)
+    state_dict = read_state_dict(ckpt_path, weights)
+    strangers = [name for name in state_dict if name not in network.state_dict()]
+    if strangers and all(OLD_NAMES.search(name) for name in strangers):
+        load_old(unet_of(network), state_dict, ckpt_path)
+        return
+    check_fits(network, state_dict, ckpt_path)
+    network.load_state_dict(state_dict)
+
+
+def check_described(ckpt_path: str, expected: dict[str, Any]) -> None:
+    """Raises BundleError where knobs are not as they were in the training of a file, as far as that is known."""
     for key, value in described(ckpt_path).items():
         if key in expected and expected[key] != value:
             raise BundleError(
                 f"{key}: {expected[key]!r} was given, but {ckpt_path!r} was trained with {value!r}; give the same "
                 "(or the preset that was used for training)"
             )
-    state_dict = read_state_dict(ckpt_path, weights)
-    strangers = [name for name in state_dict if name not in network.state_dict()]
-    if strangers and all(OLD_NAMES.search(name) for name in strangers):
-        load_old(getattr(network, "unet", network), state_dict, ckpt_path)
-        return
-    check_fits(network, state_dict, ckpt_path)
-    network.load_state_dict(state_dict)
 
 
-def begin_with(ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, **expected: Any) -> None:
-    """Let a training begin with the weights of a file instead of random ones (fine-tuning); None changes nothing.
+def begin_with(
+    ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, spatial_shape: Sequence[int], **expected: Any
+) -> None:
+    """Let a training begin with the weights of a file instead of random ones; None changes nothing.
 
-    The file may come from a training of another `spatial_shape`: the network is convolutional. See `load_weights`.
+    Fine-tuning: the file may come from a training of another `spatial_shape`, since the network is convolutional.
+    Growing: it may come from a network of fewer wavelet levels and coarser voxels, see `grow`.
+
+    Args:
+        ckpt_path, expected: see `load_weights`.
+        network, ema_network: receive the weights.
+        spatial_shape: of the training to be.
     """
-    if ckpt_path is not None:
+    if ckpt_path is None:
+        return
+    if getattr(unet_of(network), "in_channels", 0) > bands_in(ckpt_path) > 0:
+        grow(ckpt_path, network, spatial_shape, **expected)
+    else:
         load_weights(network, ckpt_path, **expected)
-        ema_network.load_state_dict(network.state_dict())
-        logger.info(f"training begins with the weights of {ckpt_path}")
+    ema_network.load_state_dict(network.state_dict())
+    logger.info(f"training begins with the weights of {ckpt_path}")
+
+
+def bands_in(ckpt_path: str) -> int:
+    """How many channels the network of a file takes; 0 where there is none that says so."""
+    return bands_of(read_state_dict(ckpt_path)) if os.path.isfile(ckpt_path) else 0
+
+
+def grow(ckpt_path: str, network: nn.Module, spatial_shape: Sequence[int], **expected: Any) -> None:
+    """Load the weights of a coarse network into a `WaveletUNet` of more levels, whose volumes begin as the coarse ones.
+
+    The coarse network may predict anything at any schedule: `WaveletUNet` was told which (`coarse_process`).
+
+    Raises:
+        BundleError: the coarse volumes are not of the side of the new ones' means, or the networks differ otherwise.
+    """
+    unet, description = unet_of(network), described(ckpt_path)
+    levels = round(math.log2(unet.in_channels / bands_in(ckpt_path)) / len(spatial_shape))
+    coarse, wanted = description.get("spatial_shape"), [side // 2**levels for side in spatial_shape]
+    if coarse not in (None, wanted):
+        right = [side * 2**levels for side in coarse]
+        raise BundleError(
+            f"init_ckpt: {ckpt_path!r} was trained on volumes of {coarse}; with {levels} more of wavelet_levels it can "
+            f"be grown to {right}, but spatial_shape is {list(spatial_shape)}"
+        )
+    check_described(ckpt_path, {key: expected[key] for key in expected.keys() & {"network_class", "class_names"}})
+    weights = grown(read_state_dict(ckpt_path), unet.in_channels)
+    check_fits(network, weights, ckpt_path)
+    network.load_state_dict(weights)
+    logger.info(f"grown from {coarse or 'coarser volumes'} to {list(spatial_shape)}")
 
 
 def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
@@ -168,7 +217,7 @@ def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
     if any(name.endswith(".attn.out_proj.weight") for name in unet.state_dict()):
         raise BundleError(
             f"{path!r} was trained with monai-generative, whose attention has no output projection; give "
-            "--network_def#unet#include_fc false --network_def#unet#use_combined_linear false"
+            "--network_def#unet#unet#include_fc false --network_def#unet#unet#use_combined_linear false"
         )
     try:
         with contextlib.redirect_stdout(None):
@@ -201,8 +250,11 @@ class RampedEMAHandler(EMAHandler):
     not those of its random start. It is a function of the iteration alone, so a resumed run is exact.
     """
 
-    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float) -> None:
-        """`ema_model` is a copy of `model`, without gradients, that other parts of a config can refer to."""
+    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float, load_path: str | None = None) -> None:
+        """`ema_model` is a copy of `model`, without gradients, that other parts of a config can refer to.
+
+        `load_path` is not for this handler: train.json looks it up, and MONAI Label gives one in its place.
+        """
         super().__init__(model, momentum)
         self.ema_model = ema_model
 

@@ -90,7 +90,7 @@ def monais(turns: Turns, arguments) -> None:
     """(a) and (b)"""
     config = read_config("inference.json", arguments)
     total = config["num_train_timesteps"]
-    network = config.get_parsed_content("network_def#unet").to(arguments.device).eval()
+    network = config.get_parsed_content("network_def#unet#unet").to(arguments.device).eval()
     network.load_state_dict(torch.load(Path(arguments.folder) / "weights.pt"))
     scheduler = DDPMScheduler(num_train_timesteps=total, schedule=config["schedule"])
     inferer = DiffusionInferer(scheduler)
@@ -166,7 +166,7 @@ def prepare(arguments, folder: str) -> None:
     """The weights that all but the authors' network have."""
     config = read_config("inference.json", arguments)
     torch.manual_seed(0)
-    network = config.get_parsed_content("network_def#unet")
+    network = config.get_parsed_content("network_def#unet#unet")
     if arguments.weights:
         load_weights(network, arguments.weights)
     torch.save(fill_zeros(network).state_dict(), f"{folder}/weights.pt")
@@ -266,7 +266,7 @@ def main() -> None:
     print("\n" + table(header, rows))
     if result["profile"]:
         print("\nOne step:\n\n" + profile_table(result["profile"]))
-        network = read_config("inference.json", arguments).get_parsed_content("network_def#unet")
+        network = read_config("inference.json", arguments).get_parsed_content("network_def#unet#unet")
         lines, result["limit"] = limit_table(network, arguments, False, result["profile"])
         print("\n" + lines)
     write(arguments.output, result)
