@@ -77,7 +77,7 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         return timestep, torch.randn(shape, generator=generator, device=device)
 
     def timestep(self, u: float) -> float:
-        """The u-quantile, in (0, 1), of the timesteps that `timestep_sampling` names ("balanced": of one of its halves)."""
+        """The u-quantile, in (0, 1), of the timesteps that `timestep_sampling` names (of a half of "balanced")."""
         low, high = self.sigma_range
         if self.timestep_sampling == "uniform":
             return self.uniform_timestep(u)

@@ -1,19 +1,19 @@
 """Haar wavelets around a U-Net: the same volume for an eighth of the work, and a coarse network grown into a finer one.
 
-K is the orthonormal Haar transform. In `spatial_dims` d it turns each block of 2^d voxels into one band of means (LLL)
-and 2^d - 1 bands of details, at half the side. K e is white noise if e is, so noise, schedule, prediction types, solvers
-and losses stay in voxels and know nothing of it; only the network works on bands. Each band b has a diffusion process of
-its own. With the levels a', s' of the voxels and the size sigma_b of the band,
+K is the orthonormal Haar transform. In d dimensions it turns each block of 2^d voxels into one band of means (LLL)
+and 2^d - 1 bands of details, at half the side. K e is white noise if e is, so noise, schedule, prediction types,
+solvers and losses stay in voxels and know nothing of it; only the network works on bands. Each band b has a diffusion
+process of its own. With the levels a', s' of the voxels and the size sigma_b of the band,
 
     (K x_t)_b = a' sigma_b m_b + s' e_b,    n_b = sqrt(sigma_b^2 a'^2 + s'^2),    m_b = (K x_0)_b / sigma_b,
     X_b = (K x_t)_b / n_b = a_b m_b + s_b e_b,    a_b = sigma_b a' / n_b,    s_b = s' / n_b,    a_b^2 + s_b^2 = 1.
 
-For LLL of L levels sigma = 2^(d L / 2), so that m is the mean of a block: X is then what a network at the coarse size was
-trained on, at the time at which its own schedule has the ratio s_b / a_b. The network is told that time, and its output
-for LLL is what that coarse network predicts. So a coarse network is the exact beginning of a finer one (`grown`).
+For LLL of L levels sigma = 2^(d L / 2), so that m is the mean of a block: X is then what a network at the coarse size
+was trained on, at the time at which its own schedule has the ratio s_b / a_b. The network is told that time, and its
+output for LLL is what that coarse network predicts. So a coarse network is the exact beginning of a finer one.
 
-For details sigma is their root mean square, and the network predicts v. That is the preconditioning of Karras et al. 2022
-(Eq. 7: c_in = 1 / n_b, c_skip and c_out), up to the sign of the output.
+For details sigma is their root mean square, and the network predicts v. That is the preconditioning of Karras et al.
+2022 (Eq. 7: c_in = 1 / n_b, c_skip and c_out), up to the sign of the output.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def bands_of(state_dict: dict[str, torch.Tensor]) -> int:
 
 
 def grown(state_dict: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
-    """The weights of a network on few bands as those of one on more, whose new bands are not looked at and come out as 0.
+    """The weights of a network on few bands as those of one on more that ignores the new ones and gives 0 for them.
 
     Args:
         state_dict: of a U-Net with at most `channels` input and output channels.

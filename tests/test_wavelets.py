@@ -76,7 +76,7 @@ def test_white_details_have_the_sizes_that_are_asked_for(dims, levels):
     generator = torch.Generator().manual_seed(0)
     bands = torch.randn(4, len(sizes), *[16] * dims, generator=generator, dtype=torch.float64)
     x = synthesised(bands * sizes.reshape(-1, *[1] * dims), levels)
-    for level in range(levels):  # finest first
+    for _ in range(levels):  # finest first
         y = analysed(x, 1)
         found = y.square().mean((0, *range(2, y.ndim))).sqrt()[1:]
         wanted = [rms[i.bit_count() - 1] for i in range(1, 2**dims)]
@@ -220,7 +220,7 @@ def shifted(scheduler: DDPMScheduler, gain: float) -> DDPMScheduler:
 
 
 def grown_from_shipped(levels: int, scheduler, prediction_type: str) -> tuple[nn.Module, WaveletUNet, str]:
-    """The shipped network, the same grown by `levels` around which voxels predict something else, and what it predicts."""
+    """The shipped network, the same grown by `levels`, and what the shipped one predicts."""
     path, description = shipped()
     if description.get("wavelet_levels"):
         pytest.skip("the shipped network has wavelets itself; growing it needs a coarse one")
