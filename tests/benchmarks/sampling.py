@@ -1,7 +1,7 @@
 """Time sampling, one network pass and a whole volume: plain MONAI, with amp, the authors' loop, and this bundle.
 
     python tests/benchmarks/sampling.py --side 64 --med_ddpm CLONE --profile --output sampling.json
-    python tests/benchmarks/sampling.py --side 128 --preset configs/presets/size_128.json --whole --also "compile=true"
+    python tests/benchmarks/sampling.py --side 128 --preset configs/presets/paper_128.json --whole --also "compile=true"
 
 "MONAI float32" is `DiffusionInferer.sample` with `DDPMScheduler`; "MONAI amp" is the same under autocast; "med-ddpm" is
 `p_sample_loop` of github.com/mobaidoctor/med-ddpm (a clone; nothing of it is here) with the same channels. "ours" is
