@@ -120,13 +120,13 @@ def test_training_begins_with_the_weights_of_a_file(tmp_path, unet):
     network, ema = small_unet(), small_unet()
     for parameter in (*network.parameters(), *ema.parameters()):
         parameter.data.zero_()
-    checkpoints.begin_with(None, network, ema)
+    checkpoints.begin_with(None, network, ema, [8, 8, 8])
     assert all(not p.any() for p in network.parameters())
-    checkpoints.begin_with(str(tmp_path / "start.pt"), network, ema, prediction_type="epsilon")
+    checkpoints.begin_with(str(tmp_path / "start.pt"), network, ema, [8, 8, 8], prediction_type="epsilon")
     for name, tensor in unet.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor) and torch.equal(ema.state_dict()[name], tensor)
     with pytest.raises(BundleError, match="ckpt_path: there are no weights at"):
-        checkpoints.begin_with(str(tmp_path / "none.pt"), network, ema)
+        checkpoints.begin_with(str(tmp_path / "none.pt"), network, ema, [8, 8, 8])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

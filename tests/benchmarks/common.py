@@ -34,6 +34,10 @@ from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from scripts.files import write_atomically  # noqa: E402
+from scripts.networks import unet_of  # noqa: E402
+from scripts.wavelets import grown  # noqa: E402
+
+PLAIN, AMP, AUTHORS, WDM, OURS = "MONAI float32", "MONAI amp", "med-ddpm", "wdm-3d", "ours"
 
 # Operations by the kind of kernel that they spend their time in; the first pattern that is found counts.
 KERNELS = {
@@ -89,6 +93,7 @@ def read_config(name: str, arguments: argparse.Namespace, settings: Sequence[str
     parser["bundle_root"] = str(ROOT)
     parser["device"] = f"$torch.device('{arguments.device}')"
     parser["spatial_shape"] = [arguments.side] * 3
+    parser["wavelet_levels"] = 0  # what MONAI and the others have; `--also wavelet_levels=1` for ours
     parser["batch_size"] = arguments.batch
     for key in ("channels", "num_head_channels", "attention_levels"):
         if getattr(arguments, key):
@@ -116,6 +121,45 @@ def fill_zeros(network: nn.Module) -> nn.Module:
         if parameter.ndim > 1 and not parameter.any():
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
     return network
+
+
+def load_common(network: nn.Module, folder: str | Path) -> None:
+    """The weights that all variants share; a network in wavelets, which has more channels, is grown from them."""
+    weights = torch.load(Path(folder) / "weights.pt")
+    network.load_state_dict(grown(weights, unet_of(network).in_channels))
+
+
+def another_network(variant: str) -> bool:
+    """Whether the output of a variant is another one than that of plain MONAI with the same weights."""
+    return variant in (AUTHORS, WDM) or "wavelet_levels" in variant
+
+
+def wdm(path: str, parser: ConfigParser) -> nn.Module:
+    """The U-Net of github.com/pfriedri/wdm-3d, as its run.sh has it but for the channels and blocks, which are ours.
+
+    (B, 8, *spatial / 2), times (B,) -> (B, 8, *spatial / 2)
+    """
+    sys.path.insert(0, path)
+    from guided_diffusion.unet import UNetModel
+
+    channels = parser.get_parsed_content("channels")
+    torch.manual_seed(0)
+    network = UNetModel(
+        image_size=parser["spatial_shape"][0],
+        in_channels=8,
+        model_channels=channels[0],
+        out_channels=8,
+        num_res_blocks=parser.get_parsed_content("num_res_blocks"),
+        attention_resolutions=(),
+        channel_mult=tuple(width // channels[0] for width in channels),
+        dims=3,
+        num_groups=32,
+        resblock_updown=True,
+        bottleneck_attention=False,
+        additive_skips=True,
+        resample_2d=False,
+    )
+    return fill_zeros(network)
 
 
 def med_ddpm(path: str, parser: ConfigParser, side: int, timesteps: int) -> nn.Module:

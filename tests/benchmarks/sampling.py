@@ -24,13 +24,19 @@ from pathlib import Path
 
 import torch
 from common import (
+    AMP,
+    AUTHORS,
+    OURS,
+    PLAIN,
     Turns,
     Worker,
+    another_network,
     drop,
     file_name,
     fill_zeros,
     hardware,
     limit_table,
+    load_common,
     med_ddpm,
     options,
     profile_table,
@@ -47,7 +53,7 @@ from monai.networks.schedulers import DDPMScheduler
 from scripts.checkpoints import load_weights
 
 TOLERANCE = 0.02
-PLAIN, AMP, AUTHORS, OURS, DEFAULT = "MONAI float32", "MONAI amp", "med-ddpm", "ours", "ours, default solver"
+DEFAULT = "ours, default solver"
 
 
 def noise_of(side: int, arguments) -> torch.Tensor:
@@ -138,7 +144,7 @@ def ours(turns: Turns, arguments) -> None:
             config["num_inference_steps"] = steps
         config.get_parsed_content("initialize")
         sampler = config.get_parsed_content("network").eval()
-        sampler.load_state_dict(torch.load(Path(arguments.folder) / "weights.pt"))
+        load_common(sampler, arguments.folder)
         return sampler
 
     total = read_config("inference.json", arguments)["num_train_timesteps"]
@@ -192,7 +198,7 @@ def check(workers: list[Worker], folder: str, result: dict) -> None:
     for worker in workers:
         found = torch.load(worker.first["check"])
         row = result["variants"][worker.variant] = {"steps_of_a_volume": worker.first["whole"]}
-        if worker.variant != AUTHORS:  # another network, in float32
+        if not another_network(worker.variant):
             row["output_error"] = relative_error(found["output"], wanted["output"])
             if not row["output_error"] < TOLERANCE:
                 sys.exit(f"{worker.variant}: the output differs by {row['output_error']:.2%}; times mean nothing")

@@ -1,6 +1,7 @@
 """Time one training step: the plain MONAI way, the same with amp, the authors' own code, and this bundle.
 
     python tests/benchmarks/training_step.py --side 32 --batch 4 --med_ddpm CLONE --profile --output step.json
+    python tests/benchmarks/training_step.py --side 64 --also wavelet_levels=1 --wdm CLONE
     python tests/benchmarks/training_step.py --side 128 --batch 4 --preset configs/presets/paper_128.json \\
         --set activation_checkpointing=all --also "compile=true" --also "keep_freed_memory=false"
 
@@ -11,7 +12,8 @@ the same channels and attention. These three read their volumes from memory and 
 trainer of configs/train.json with all that it does at every step: loading, random transforms, EMA, records. Validation,
 previews and checkpoints come at intervals and are left out.
 
-All have the same weights; before any time is taken, each one's output for the same input is compared with float32
+"ours: wavelet_levels=1" is another network, grown from the same weights, and so are those of the clones. All others
+have the same weights; before any time is taken, each one's output for the same input is compared with float32
 (relative norm), and the script fails at 2%. The gradient's error is printed as well.
 """
 
@@ -25,12 +27,19 @@ from pathlib import Path
 
 import torch
 from common import (
+    AMP,
+    AUTHORS,
+    OURS,
+    PLAIN,
+    WDM,
     Turns,
     Worker,
+    another_network,
     file_name,
     fill_zeros,
     hardware,
     limit_table,
+    load_common,
     med_ddpm,
     options,
     profile_table,
@@ -39,6 +48,7 @@ from common import (
     spread,
     table,
     take_turns,
+    wdm,
     write,
 )
 from ignite.engine import Events
@@ -49,9 +59,9 @@ from monai.transforms import Compose
 from torch.utils.data import DataLoader
 
 from scripts.phantoms import phantom_cohort
+from scripts.wavelets import analysed, synthesised
 
 TOLERANCE = 0.02
-PLAIN, AMP, AUTHORS, OURS = "MONAI float32", "MONAI amp", "med-ddpm", "ours"
 NEVER = 10**9
 VOLUMES = 16
 
@@ -154,6 +164,28 @@ def authors(turns: Turns, arguments) -> None:
     turns.serve({"step": step})
 
 
+def wdms(turns: Turns, arguments) -> None:
+    """Their U-Net and an optimiser step on the bands of one level, without their transform and their files."""
+    network = wdm(arguments.wdm, read_config("train.json", arguments)).to(arguments.device)
+
+    def predict(volumes: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return synthesised(network(analysed(noise, 1), timesteps), 1)
+
+    check(turns, arguments, network, predict)
+    volumes = torch.load(Path(arguments.folder) / "volumes.pt")
+    bands = analysed(volumes[: arguments.batch], 1).to(arguments.device)
+    timesteps = torch.arange(arguments.batch, device=arguments.device)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (network(bands, timesteps) - bands).square().mean().backward()
+        optimizer.step()
+
+    step(), step()
+    turns.serve({"step": step})
+
+
 def ours(turns: Turns, arguments) -> None:
     """(d): the trainer that configs/train.json makes, with `--set` and what an `--also` adds."""
     settings = [*arguments.set, *shlex.split(arguments.variant.removeprefix(OURS).lstrip(": "))]
@@ -166,7 +198,7 @@ def ours(turns: Turns, arguments) -> None:
         config[key] = NEVER
     config.get_parsed_content("initialize")
     network = config.get_parsed_content("network")
-    network.load_state_dict(torch.load(folder / "weights.pt"))
+    load_common(network, folder)
     inferer = config.get_parsed_content("train#inferer")
     check(
         turns,
@@ -195,16 +227,17 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0], side=32, batch=4)
     parser.add_argument("--steps", type=int, help="steps of a turn; default 2 on a CPU, 20 on a GPU")
     parser.add_argument("--med_ddpm", help="clone of github.com/mobaidoctor/med-ddpm, to time it as well")
+    parser.add_argument("--wdm", help="clone of github.com/pfriedri/wdm-3d, to time its U-Net on bands of one level")
     parser.add_argument("--also", action="append", default=[], help='ours once more, with "KEY=VALUE KEY=VALUE"')
     parser.add_argument("--profile", action="store_true", help="print where the time goes, by kind of kernel")
     arguments = parser.parse_args()
     if arguments.variant:
         turns = Turns(arguments.device)
-        {PLAIN: monais, AMP: monais, AUTHORS: authors}.get(arguments.variant, ours)(turns, arguments)
+        {PLAIN: monais, AMP: monais, AUTHORS: authors, WDM: wdms}.get(arguments.variant, ours)(turns, arguments)
         return
 
     steps = arguments.steps or (20 if arguments.device.startswith("cuda") else 2)
-    variants = [PLAIN, AMP, *([AUTHORS] if arguments.med_ddpm else []), OURS]
+    variants = [PLAIN, AMP, *([AUTHORS] if arguments.med_ddpm else []), *([WDM] if arguments.wdm else []), OURS]
     variants += [f"{OURS}: {settings}" for settings in arguments.also]
     result = {"hardware": hardware(arguments.device), "arguments": vars(arguments), "variants": {}}
     print(f"{result['hardware']}\nside {arguments.side}, batch {arguments.batch}, {steps} steps a turn", flush=True)
@@ -214,7 +247,7 @@ def main() -> None:
         wanted = torch.load(workers[0].first["check"])
         for worker in workers:
             row = result["variants"][worker.variant] = {"parameters": worker.first["parameters"]}
-            if worker.variant != AUTHORS:  # another network, in float32
+            if not another_network(worker.variant):
                 found = torch.load(worker.first["check"])
                 row["output_error"] = relative_error(found["output"], wanted["output"])
                 row["gradient_error"] = relative_error(found["gradient"], wanted["gradient"])
