@@ -213,10 +213,10 @@ def load_cohort(
     return cohort
 
 
-def check_enough(counts: Mapping[str, int], folders: Mapping[str, str], num_images: int | None = None) -> None:
+def check_enough(counts: Mapping[str, int], places: Mapping[str, str], num_images: int | None = None) -> None:
     """Every cohort has as many volumes as a reader study asks for, or the two that an evaluation needs."""
     least = 2 if num_images is None else num_images
-    few = ", ".join(f"{name} has {count} in {folders[name]!r}" for name, count in counts.items() if count < least)
+    few = ", ".join(f"{name} has {count} in {places[name]!r}" for name, count in counts.items() if count < least)
     if few and num_images is None:
         raise BundleError(f"volumes: {few}; at least 2 usable ones of each would be right")
     if few:
@@ -269,20 +269,20 @@ def load_cohorts(
             images[name] = find_images(source.folder, None, dims, pattern, f"{name} volumes")[:max_volumes]
         else:
             images[name] = [{"image": file} for file in source.files[:max_volumes]]
-    folders = {name: source.folder for name, source in sources.items()}
-    check_enough({name: len(found) for name, found in images.items()}, folders, num_images)  # before any is read
+    places = {name: source.folder if source.files is None else real_dir for name, source in sources.items()}
+    check_enough({name: len(found) for name, found in images.items()}, places, num_images)  # before any is read
     files: dict[str, list[str]] = {}
     for name, found in images.items():
         checked_path = os.path.join(cache_dir, "checked.json")
         usable = readable(found, skip_bad_files, f"{name} volumes", dims, checked_path)
         files[name] = [item["image"] for item in usable]
-    check_enough({name: len(found) for name, found in files.items()}, folders, num_images)
+    check_enough({name: len(found) for name, found in files.items()}, places, num_images)
     with idist.one_rank_first():  # it fills the cache
         cohorts = {
             name: load_cohort(
                 name,
                 f,
-                folders[name],
+                sources[name].folder,
                 transform,
                 cache_dir,
                 (label_dirs or {}).get(name),

@@ -131,6 +131,7 @@ def find_images(
                 f"image_pattern: {image_pattern!r} fits none of the {len(files)} files in {key}, such as "
                 f"{os.path.relpath(files[0], dataset_dir)!r}; a pattern of some of them would be right"
             )
+        logger.info(f"{key}: {len(images)} of {len(files)} files fit the image_pattern {image_pattern!r}")
     images = once(key, images)
     if not mask_suffix:
         return [{"image": f} for f in images]

@@ -66,7 +66,7 @@ class Values:
         if values.dtype.kind == "f":
             self.not_finite += int((~np.isfinite(values)).sum())
             self.whole = self.whole and bool((values == np.rint(values)).all())
-        for part in (values[:: max(1, len(values) // 4096)], values):  # a few voxels of most images suffice
+        for part in (values[:: len(values) // 4096 | 1], values):  # of most images a few voxels suffice, here and there
             if len(self.different) <= FEW_VALUES:
                 self.different |= set(np.unique(part)[: FEW_VALUES + 1].tolist())
 

@@ -7,7 +7,11 @@ import os
 import re
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from conftest import ROOT
+from monai.bundle import ConfigParser
 
 from scripts.datalist import find_images, require, split_by_subject, stem, subjects_of, volumes_below
 from scripts.errors import BundleError
@@ -155,12 +159,19 @@ def test_scans_of_one_person_are_one_subject(what, caplog):
     assert len(lines) == bool(said) and all(re.search(said, line) for line in lines), lines
 
 
-def test_no_person_stands_on_both_sides_of_a_split():
-    """Ten people with two contrasts each, in names as public datasets have them: once four of ten did."""
-    images = [{"image": f"/d/{c}_sub-{s:02d}.nii.gz"} for c in ("T1", "T2") for s in range(10)]
-    for seed in range(5):
-        sides = [{re.search("sub-..", name).group() for name in names(s)} for s in split_by_subject(images, 0.4, seed)]
+def test_nobody_stands_on_both_sides_of_the_split_of_a_training(tmp_path, caplog):
+    """Ten people with two contrasts each, named with the contrast first: once four of ten did."""
+    voxels = np.random.default_rng(0).integers(0, 200, (9, 9, 9)).astype(np.int16)
+    for name in (f"{contrast}_sub-{person:02d}.nii" for contrast in ("T1", "T2") for person in range(10)):
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / name)
+    for seed in range(3):
+        parser = ConfigParser()
+        parser.read_config(ROOT / "configs/train.json")
+        parser.update({"dataset_dir": str(tmp_path), "output_dir": str(tmp_path), "val_fraction": 0.4, "seed": seed})
+        sides = [{name[3:9] for name in names(side)} for side in parser.get_parsed_content("split")]
         assert not sides[0] & sides[1] and len(sides[1]) == 4
+    assert "10 subjects have names with different beginnings" in caplog.text
+    assert "T1_sub-00 and T2_sub-00; T1_sub-01 and T2_sub-01; " in caplog.text
 
 
 def bids(subjects=20, sessions=2):

@@ -225,7 +225,10 @@ def test_a_table_of_classes_is_that_of_training(tmp_path):
     table = tmp_path / "classes.csv"
     rows = "0.png,a\n1.png,b\n/d/real/2.png,b\n3.png,a\n4.png,b\n"
     table.write_text("file,class\n" + rows)
-    measure = ByClass(["a", "b"], [], class_table=str(table))
+    parser = ConfigParser()
+    parser.read_config(ROOT / "configs/evaluate.json")
+    parser.update({"class_names": ["a", "b"], "class_table": str(table)})
+    measure = parser.get_parsed_content("measures#5")
     measure.check(Cohorts(replace(real, name="real"), held_out, [ours]))
     assert measure.classes["real"] == ["a", "b", "b", "a", "b"] and measure.classes["ours"] == ["b", "b", "a", "a"]
     assert measure.classes[HELD_OUT] == ["a", "b"]
