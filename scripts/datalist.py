@@ -24,9 +24,9 @@ NO_IMAGE = re.compile(
     r"(?:^|[-_.+])(dseg|probseg|brainmask|mask|roi|labels?|seg|aseg|aparc|wmparc|ribbon|xfm|warp)$", re.IGNORECASE
 )
 CONTRAST = r"(?:t[12](?:w|c|ce|gd|n|f|star)?|pdw?|flair|dwi|adc|swi|mprage|mp2rage|spgr)"
-LAST_CONTRASTS = re.compile(rf"(?:(?:^|[-_. ]+){CONTRAST})+$", re.IGNORECASE)
+CONTRASTS = re.compile(rf"^(?:{CONTRAST}[-_. ]+)+|(?:(?:^|[-_. ]+){CONTRAST})+$", re.IGNORECASE)  # around a name
 SUBJECT = re.compile(r"(?<![A-Za-z0-9-])sub-[A-Za-z0-9]+")
-# Folders above `sub-...` that hold the same people as those beside them.
+# Folders that hold the same people as those beside them.
 SAME_PEOPLE = re.compile(rf"rawdata|sourcedata|images?|(?:ses|session|visit)[-_]?\w*|{CONTRAST}", re.IGNORECASE)
 OTHER_SCANS = frozenset("dcm ima nrrd nhdr mha mhd mnc par rec head brik img hdr nii".split())  # endings not read
 
@@ -208,18 +208,18 @@ def subjects_of(images: Sequence[dict[str, str]], dataset_dir: str | None = None
     """The subject that each image is of.
 
     - It is the first BIDS entity `sub-...` in the file's name, wherever it stands, else that of the innermost folder.
-      In two folders neither of which holds the other (two datasets) the same entity is two subjects; folders of
-      derivatives, sessions and contrasts are no datasets.
+      In two folders neither of which holds the other (two datasets) the same entity is two subjects.
     - Else a folder that holds several images, at any depth, is a subject where there are at least as many such folders
       at its depth as images in the fullest of them: folders of patients, and not of classes or sites.
-    - Else it is the file's path without a last word for the contrast: `a_T1.nii.gz` and `a_FLAIR.nii.gz` are of one.
+    - Else it is the file's path without words for the contrast around its name: a_T1.nii and a_FLAIR.nii are of one.
 
-    A warning says which names with different words before `sub-...` were taken as one subject.
+    Folders of contrasts, sessions and the like (SAME_PEOPLE) are passed over in all of this. A warning says which names
+    with different words before `sub-...` were taken as one subject.
 
     Args:
         dataset_dir: above which no folder counts; None for the root.
     """
-    paths = [Path(os.path.relpath(item["image"], dataset_dir or "/")).parts for item in images]
+    paths = [people_of(Path(os.path.relpath(item["image"], dataset_dir or "/")).parts) for item in images]
     entities = [next((found.group() for part in path[::-1] if (found := SUBJECT.search(part))), None) for path in paths]
     scopes: dict[str, set[tuple[str, ...]]] = {}
     for path, entity in zip(paths, entities, strict=True):
@@ -232,17 +232,21 @@ def subjects_of(images: Sequence[dict[str, str]], dataset_dir: str | None = None
             parts = (*min(around, key=len), entity)
         else:
             above = [path[:depth] for depth in range(1, len(path)) if path[:depth] in patients]
-            parts = above[0] if above else (*path[:-1], LAST_CONTRASTS.sub("", stem(path[-1])))
+            parts = above[0] if above else (*path[:-1], CONTRASTS.sub("", stem(path[-1])))
         subjects.append("/".join(part for part in parts if part))
     warn_of_joined(paths, entities, subjects)
     return subjects
 
 
-def dataset_of(path: Sequence[str]) -> tuple[str, ...]:
-    """The folders that name the dataset of a path: those above `derivatives` or `sub-...` that do not hold the same
-    people as those beside them."""
+def people_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without the folders that hold the same people as those beside them."""
+    return (*(part for part in path[:-1] if not SAME_PEOPLE.fullmatch(part)), path[-1])
+
+
+def dataset_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The folders that name the dataset of a path: those above `derivatives` or `sub-...`."""
     ends = (i for i, part in enumerate(path[:-1]) if part == "derivatives" or SUBJECT.search(part))
-    return tuple(part for part in path[: next(ends, len(path) - 1)] if not SAME_PEOPLE.fullmatch(part))
+    return path[: next(ends, len(path) - 1)]
 
 
 def patient_folders(paths: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
@@ -303,6 +307,8 @@ def split_by_subject(
             f"dataset_dir: {len(images)} usable images of {len(subjects)} subjects, too few to train on some and hold "
             f"out {held_out} (val_fraction = {val_fraction}); at least {held_out + 1} subjects would be right"
         )
+    if len(subjects) < len(images):
+        logger.info(f"dataset_dir: {len(images)} images are of {len(subjects)} subjects")
     order = np.random.default_rng(seed).permutation(len(subjects))
     validation = {subjects[i] for i in order[:held_out]}
     sides: tuple[list, list] = ([], [])

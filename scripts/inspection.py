@@ -52,7 +52,7 @@ class Finding:
 
 @dataclass
 class Values:
-    """What is known of the voxels of a file, chunk by chunk."""
+    """What is known of the voxels of a file, chunk by chunk: of the numbers that training sees, scaling included."""
 
     lowest: float = np.inf
     highest: float = -np.inf
@@ -89,7 +89,7 @@ class Values:
         return Finding()
 
     def finding_of_mask(self) -> Finding:
-        """See `scripts.transforms.mask_of`."""
+        """Whether `scripts.transforms.mask_of` finds a brain in it that is not everything."""
         limit = 0 if self.whole else self.highest / 2
         if not self.lowest <= limit < self.highest:
             return Finding(

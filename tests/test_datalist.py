@@ -145,6 +145,9 @@ FOLDERS = {
     "patients in groups": ([f"{'AD' if i % 2 else 'CN'}/p{i}/{j}.nii" for i in range(30) for j in (1, 2)], 30, None),
     "groups": ([f"{'AD' if i % 2 else 'CN'}/{i}.nii" for i in range(30)], 30, None),
     "classes of numbered slices": ([f"{c}/{i:04d}.png" for c in ("glioma", "healthy") for i in range(9)], 18, None),
+    "contrasts before the names": ([f"{c}_{i:03d}.nii" for i in range(3) for c in ("T1", "FLAIR")], 3, None),
+    "contrasts in folders of their own": ([f"{c}/{i:03d}.nii" for i in range(3) for c in ("T1w", "T2w")], 3, None),
+    "sessions in folders of their own": ([f"session{j}/{i:03d}.nii" for i in range(3) for j in (1, 2)], 3, None),
     "one folder of scans": ([f"scans/{i}.nii" for i in range(9)], 9, None),
     "one scan, packed and not": (["a.nii", "a.nii.gz", "b.nii"], 2, None),
 }
