@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from scripts.classes import classes_of
 from scripts.cohorts import HELD_OUT, Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.evaluation import Measure, slug
@@ -17,13 +18,14 @@ from scripts.report import HEADLINES
 class ByClass:
     """Measure: what other measures find within each class; a row is called as theirs, with the class at its end.
 
-    The class of a file is the innermost of its folders whose name is in `class_names`. A held-out or synthetic cohort
-    without any such folder has no classes (an unconditional generator): all of it is compared with each class.
+    The class of a file is found as in training, see `scripts.classes.classes_of`. A held-out or synthetic cohort of
+    which no file has a class (an unconditional generator) is compared as a whole with each class.
 
     Args:
-        class_names: names of folders.
+        class_names: names of folders, or of classes in the table.
         measures: measures of the evaluation, which stand before this one.
         metrics: their rows that are kept; their figures are all drawn, class by class.
+        class_table: of the real cohorts, see `scripts.classes.read_table`; synthetic files lie in folders of classes.
     """
 
     name = "by_class"
@@ -31,34 +33,44 @@ class ByClass:
     together = True
 
     def __init__(
-        self, class_names: Sequence[str], measures: Sequence[Measure], metrics: Sequence[str] = HEADLINES
+        self,
+        class_names: Sequence[str],
+        measures: Sequence[Measure],
+        metrics: Sequence[str] = HEADLINES,
+        class_table: str | None = None,
     ) -> None:
         self.class_names, self.measures, self.metrics = list(class_names), list(measures), list(metrics)
-        self.counts: dict[str, list[int]] = {}
+        self.class_table = class_table
+        self.classes: dict[str, list[str | None]] = {}  # of the files of each cohort
         self._cohorts: Cohorts | None = None
         self._parts: dict[str, Cohorts] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The knobs that change the result, and how many images `check` saw of each class."""
+        """The knobs that change the result, how many images `check` saw of each class, and a hash of which."""
         measures = {measure.name: measure.settings for measure in self.measures}
-        return {"class_names": self.class_names, "counts": self.counts, "metrics": self.metrics, "measures": measures}
-
-    def class_of(self, path: str) -> str | None:
-        """The innermost folder that is a class."""
-        return next((part for part in Path(path).parent.parts[::-1] if part in self.class_names), None)
+        counts = {cohort: [of.count(name) for name in self.class_names] for cohort, of in self.classes.items()}
+        which = hashlib.blake2b(repr(self.classes).encode(), digest_size=8).hexdigest()
+        known = {"class_names": self.class_names, "counts": counts, "which": which}
+        return known | {"metrics": self.metrics, "measures": measures}
 
     def check(self, cohorts: Cohorts) -> None:
-        """The real cohort has two images of each class or more."""
-        self.counts = {
-            cohort.name: [[self.class_of(f) for f in cohort.files].count(name) for name in self.class_names]
-            for cohort in cohorts
-        }
-        for name, count in zip(self.class_names, self.counts[cohorts.real.name]):
+        """The real cohort has two images of each class or more, and with a table every real file a line in it."""
+        real = (cohorts.real.name, HELD_OUT)
+        for cohort in cohorts:
+            table = self.class_table if cohort.name in real else None
+            found = self.classes[cohort.name] = classes_of(cohort.files, cohort.folder, self.class_names, table)
+            if table is not None and None in found:
+                raise BundleError(
+                    f"class_table: {found.count(None)} of {len(found)} {cohort.name} images have no line in {table!r}, "
+                    f"for example {cohort.files[found.index(None)]!r}; a line for each would be right"
+                )
+        for name in self.class_names:
+            count = self.classes[cohorts.real.name].count(name)
             if count < 2:
                 raise BundleError(
-                    f"class_names: {count} real images lie in a folder {name!r}; two or more of each of "
-                    f"{self.class_names} would be right"
+                    f"class_names: {count} real images are of the class {name!r}; two or more of each of "
+                    f"{self.class_names} would be right, each in a folder of its class or with a line in class_table"
                 )
 
     def of_class(self, name: str, cohorts: Cohorts) -> Cohorts:
@@ -74,7 +86,7 @@ class ByClass:
 
     def part(self, name: str, cohort: Cohort) -> Cohort:
         """The images of one class; all where the cohort has no classes."""
-        classes = [self.class_of(f) for f in cohort.files]
+        classes = self.classes[cohort.name]
         chosen = [i for i, found in enumerate(classes) if found == name or not any(classes)]
         maps = cohort.label_maps and [cohort.label_maps[i] for i in chosen]
         files = [cohort.files[i] for i in chosen]
@@ -93,7 +105,7 @@ class ByClass:
             data[name] = {measure.name: measure(own, parts) for measure in self.measures}
             found = (row for result in data[name].values() for row in result["rows"])
             rows += [(row["metric"], row | {"metric": f"{row['metric']}_{name}"}) for row in found]
-        if not any(self.class_of(f) for f in cohort.files):
+        if not any(self.classes[cohort.name]):
             notes.append(f"{cohort.name}: no folders of classes, so all of it is compared with each class.")
         ordered = [row for metric in self.metrics for key, row in rows if key == metric]
         return {"rows": ordered, "notes": notes, "data": data}

@@ -17,8 +17,11 @@ from scripts.errors import BundleError
 LONGEST_NAME = 100  # bytes; it becomes the name of a folder and a part of dataset_<name>.json
 
 
-def check_classes(class_names: Sequence[str] | None, class_dropout: float = 0.0) -> None:
-    """Names are distinct words that can be folders and are no index; the share of dropped labels lies in [0, 1].
+def check_classes(
+    class_names: Sequence[str] | None, class_dropout: float = 0.0, class_table: str | None = None
+) -> None:
+    """Names are distinct words that can be folders and are no index; the share of dropped labels lies in [0, 1]; a
+    table can be read and has no other classes.
 
     Raises:
         BundleError: names the key.
@@ -38,6 +41,12 @@ def check_classes(class_names: Sequence[str] | None, class_dropout: float = 0.0)
         )
     if not is_number(class_dropout) or not 0 <= class_dropout <= 1:
         raise BundleError(f"class_dropout: {class_dropout!r} was given; it must be a number from 0 to 1, such as 0.1")
+    if class_table is not None and not names:
+        raise BundleError(
+            f"class_table: {class_table!r} was given without class_names; the list of its classes would be right"
+        )
+    if class_table is not None:
+        read_table(class_table, names, "")
 
 
 def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
@@ -69,6 +78,21 @@ def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -
     return classes
 
 
+def classes_of(
+    paths: Sequence[str], folder: str, class_names: Sequence[str], class_table: str | None = None
+) -> list[str | None]:
+    """The class of each file, None where it has none: the one rule, for training and evaluation.
+
+    It is that of its line in `class_table`, see `read_table`; without a table that of the innermost folder below
+    `folder` whose name is a class.
+    """
+    if class_table is not None:
+        classes = read_table(class_table, class_names, folder)
+        return [classes.get(os.path.realpath(path)) for path in paths]
+    inner_first = [os.path.relpath(path, folder).split(os.sep)[-2::-1] for path in paths]
+    return [next((name for name in names if name in class_names), None) for names in inner_first]
+
+
 def with_classes(
     images: list[dict], class_names: Sequence[str] | None, class_table: str | None, dataset_dir: str
 ) -> list[dict]:
@@ -77,36 +101,28 @@ def with_classes(
     Args:
         images: [{"image": path, ...}, ...] below `dataset_dir`.
         class_names: the words to train with, or None.
-        class_table: see `read_table`; with None a class is the innermost folder below `dataset_dir` whose name is one.
+        class_table: see `classes_of`.
 
     Raises:
         BundleError: a table that cannot be used, names a file that is not there or leaves one out; an image that lies
             in no folder of a class.
     """
     if not class_names:
-        if class_table is not None:
-            raise BundleError(
-                f"class_table: {class_table!r} was given without class_names; the list of its classes would be right"
-            )
         return images
     if not images:
         return []  # `scripts.datalist.require` says so
     paths = [item["image"] for item in images]
+    found = classes_of(paths, dataset_dir, class_names, class_table)
     if class_table is None:
-        folders = [os.path.relpath(path, dataset_dir).split(os.sep)[-2::-1] for path in paths]
-        found = [next((folder for folder in inner_first if folder in class_names), None) for inner_first in folders]
         problem, right = "lie in no folder", f"folders named {list(class_names)} (class_names), or a class_table,"
     else:
         classes = read_table(class_table, class_names, dataset_dir)
-        real = [os.path.realpath(path) for path in paths]
-        missing = sorted(set(classes) - set(real))
-        if missing:
+        if missing := sorted(set(classes) - set(map(os.path.realpath, paths))):
             raise BundleError(
                 f"class_table: {class_table!r} names {len(missing)} files that are not among the {len(images)} images "
                 f"of dataset_dir, for example {missing[0]!r}; the path of an image, absolute or from {dataset_dir!r}, "
                 "would be right"
             )
-        found = [classes.get(path) for path in real]
         problem, right = f"have no line in {class_table!r}", "a line for each"
     without = [path for path, name in zip(paths, found) if name is None]
     if without:

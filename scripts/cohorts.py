@@ -14,9 +14,10 @@ import ignite.distributed as idist
 import numpy as np
 from tqdm import tqdm
 
-from scripts.datalist import find_images, readable, shape_of, stem
+from scripts.datalist import find_images, stem, volumes_below
 from scripts.datasets import VolumeDataset
 from scripts.errors import BundleError
+from scripts.inspection import readable, shape_of
 
 logger = logging.getLogger(__name__)
 REAL, HELD_OUT = "real", "held-out"
@@ -32,6 +33,7 @@ class Cohort:
         volumes: (N, *spatial) float16 in [-1, 1], RAS, background exactly -1; two or three spatial dims.
         voxel_size: (N, spatial dims) float32 in mm; it differs from volume to volume, since each brain fills its cube.
         label_maps: (N) paths of label maps (integers) of the volumes, "" where there is none; None without any.
+        folder: the one that was given, below which folders of classes count.
         notes: what a reader of the report should know, one sentence each.
     """
 
@@ -40,6 +42,7 @@ class Cohort:
     volumes: np.ndarray
     voxel_size: np.ndarray
     label_maps: list[str] | None = None
+    folder: str = ""
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -75,10 +78,16 @@ class Cohorts:
         return {REAL: "black", HELD_OUT: "0.5", self.real.name: "black"} | synthetic
 
 
-def named_folders(
-    real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[str, str] | str
-) -> dict[str, str | list[str]]:
-    """{cohort name: folder, or list of files}, in the order of the report.
+@dataclass
+class Source:
+    """Where the files of a cohort are: `folder`, and if `files` is not None those of them alone."""
+
+    folder: str
+    files: list[str] | None = None
+
+
+def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[str, str] | str) -> dict[str, Source]:
+    """{cohort name: where its files are}, in the order of the report.
 
     Args:
         real_dir: a folder, or the dataset.json that training wrote: its training files are then the real cohort and
@@ -100,13 +109,17 @@ def named_folders(
         if str(name) in (REAL, HELD_OUT):
             raise BundleError(f"synthetic_dirs: the name {name!r} is taken by a cohort of real volumes; use another")
     keys: dict[str, tuple[str, str | None]] = {REAL: ("real_dir", real_dir)}
-    folders: dict[str, str | list[str]] = {}
+    sources: dict[str, Source] = {}
     if real_dir and os.path.isfile(real_dir) and real_dir.endswith(".json"):
         try:
             with open(real_dir) as file:
                 split = json.load(file)
-            folders = {REAL: list(split["training"]), HELD_OUT: list(split["validation"])}
-        except (ValueError, KeyError, TypeError) as e:
+            sides = {REAL: list(split["training"]), HELD_OUT: list(split["validation"])}
+            folder = split.get("dataset_dir")
+            if not folder:  # versions before 0.5 did not write it
+                folder = os.path.commonpath([os.path.dirname(file) for files in sides.values() for file in files])
+            sources = {name: Source(folder, files) for name, files in sides.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BundleError(
                 f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); "
                 "output/training/dataset.json or a folder of NIfTI volumes would be right"
@@ -120,8 +133,8 @@ def named_folders(
     for name, (key, folder) in keys.items():
         if not isinstance(folder, str) or not os.path.isdir(folder):
             raise BundleError(f"{key}: {folder!r}: there is no such folder; a folder of NIfTI volumes would be right")
-        folders[name] = folder
-    return folders
+        sources[name] = Source(folder)
+    return sources
 
 
 def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
@@ -132,7 +145,7 @@ def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
     """
     if not os.path.isdir(label_dir):
         raise BundleError(f"label_dirs: {label_dir!r}: there is no such folder; a folder of label maps would be right")
-    maps = [item["image"] for item in find_images(label_dir)]
+    maps = volumes_below(label_dir)
     of_stem: dict[str, list[str]] = {}  # each beginning of a name that ends before "_": one look a file, not a product
     for label_map in maps:
         name = stem(label_map)
@@ -153,6 +166,7 @@ def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
 def load_cohort(
     name: str,
     files: Sequence[str],
+    folder: str,
     transform: Callable,
     cache_dir: str,
     label_dir: str | None = None,
@@ -163,6 +177,7 @@ def load_cohort(
     """Preprocess the files of one cohort; each result is kept on the disk, so that a stopped run goes on.
 
     Args:
+        folder: see `Cohort`.
         transform: the training's deterministic transforms, {"image": path} -> {"image": (1, *spatial), "voxel_size"}.
         cache_dir: folder of the preprocessed volumes.
         label_dir: folder of label maps, or None.
@@ -183,6 +198,7 @@ def load_cohort(
         np.stack([item["image"][0].numpy().astype(np.float16) for item in items]),
         np.stack([np.asarray(item["voxel_size"], np.float32) for item in items]),
         label_maps,
+        folder,
     )
     grid = " x ".join(map(str, cohort.volumes.shape[1:]))
     if on_grid:
@@ -197,6 +213,19 @@ def load_cohort(
     return cohort
 
 
+def check_enough(counts: Mapping[str, int], places: Mapping[str, str], num_images: int | None = None) -> None:
+    """Every cohort has as many volumes as a reader study asks for, or the two that an evaluation needs."""
+    least = 2 if num_images is None else num_images
+    few = ", ".join(f"{name} has {count} in {places[name]!r}" for name, count in counts.items() if count < least)
+    if few and num_images is None:
+        raise BundleError(f"volumes: {few}; at least 2 usable ones of each would be right")
+    if few:
+        raise BundleError(
+            f"num_images: {num_images} of each source were asked for, but {few}; fewer images or more volumes would be "
+            "right"
+        )
+
+
 def load_cohorts(
     real_dir: str,
     held_out_dir: str | None,
@@ -209,39 +238,51 @@ def load_cohorts(
     num_workers: int = 2,
     spatial_shape: Sequence[int] | None = None,
     transform_on_grid: Callable | None = None,
+    image_pattern: str | None = None,
+    num_images: int | None = None,
 ) -> Cohorts:
     """Check every file of every folder, then bring all to one grid by the training's own preprocessing.
 
     Args:
-        real_dir, held_out_dir, synthetic_dirs: see `named_folders`.
+        real_dir, held_out_dir, synthetic_dirs: see `sources_of`.
         transform, cache_dir, num_workers, spatial_shape, transform_on_grid: see `load_cohort`.
         label_dirs: {cohort name: folder of label maps}, any of the cohorts.
         max_volumes: only the first so many volumes of each folder (sorted by path); None for all.
         skip_bad_files: warn of files that cannot be used instead of refusing them.
+        image_pattern: which files of `real_dir` and `held_out_dir` are images, see `scripts.datalist.find_images`.
+        num_images: volumes of each cohort that a reader study shows, which has no held-out one; None for an evaluation.
 
     Raises:
-        BundleError: what `named_folders` raises; files that cannot be used; a cohort of fewer than two volumes.
+        BundleError: what `sources_of` raises; files that cannot be used; a cohort of too few, see `check_enough`.
     """
-    folders = named_folders(real_dir, held_out_dir, synthetic_dirs)
-    unknown = sorted(set(label_dirs or {}) - set(folders))
+    sources = sources_of(real_dir, held_out_dir, synthetic_dirs)
+    if num_images is not None:
+        sources.pop(HELD_OUT, None)
+    unknown = sorted(set(label_dirs or {}) - set(sources))
     if unknown:
-        raise BundleError(f"label_dirs: there is no cohort named {unknown[0]!r}; known are {list(folders)}")
+        raise BundleError(f"label_dirs: there is no cohort named {unknown[0]!r}; known are {list(sources)}")
     dims = len(spatial_shape or (0, 0, 0))
+    images: dict[str, list[dict[str, str]]] = {}
+    for name, source in sources.items():
+        if source.files is None:
+            pattern = image_pattern if name in (REAL, HELD_OUT) else None
+            images[name] = find_images(source.folder, None, dims, pattern, f"{name} volumes")[:max_volumes]
+        else:
+            images[name] = [{"image": file} for file in source.files[:max_volumes]]
+    places = {name: source.folder if source.files is None else real_dir for name, source in sources.items()}
+    check_enough({name: len(found) for name, found in images.items()}, places, num_images)  # before any is read
     files: dict[str, list[str]] = {}
-    for name, folder in folders.items():
-        images = find_images(folder, None, dims) if isinstance(folder, str) else [{"image": f} for f in folder]
+    for name, found in images.items():
         checked_path = os.path.join(cache_dir, "checked.json")
-        usable = readable(images[:max_volumes], skip_bad_files, f"{name} volumes", dims, checked_path)
-        good = [item["image"] for item in usable]
-        if len(good) < 2:
-            where = folder if isinstance(folder, str) else real_dir
-            raise BundleError(f"{name} volumes: {where!r} holds {len(good)} usable volumes; at least 2 would be right")
-        files[name] = good
+        usable = readable(found, skip_bad_files, f"{name} volumes", dims, checked_path)
+        files[name] = [item["image"] for item in usable]
+    check_enough({name: len(found) for name, found in files.items()}, places, num_images)
     with idist.one_rank_first():  # it fills the cache
         cohorts = {
             name: load_cohort(
                 name,
                 f,
+                sources[name].folder,
                 transform,
                 cache_dir,
                 (label_dirs or {}).get(name),

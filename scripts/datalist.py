@@ -1,71 +1,140 @@
-"""From a folder of NIfTI files, or of pictures where images are 2D, to checked lists of training and held-out ones."""
+"""From a folder of scans, or of pictures where images are 2D, to the files to train on and the held-out ones."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-import ignite.distributed as idist
-import nibabel as nib
 import numpy as np
-import PIL
-from nibabel.arrayproxy import ArrayProxy
-from nibabel.openers import ImageOpener
-from nibabel.volumeutils import apply_read_scaling
-from PIL import Image
-from tqdm import tqdm
+from nibabel import Nifti1Pair
 
 from scripts.errors import BundleError
-from scripts.files import write_text
-from scripts.slices import grey, is_picture
+from scripts.slices import OVERVIEWS, is_picture
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".nii", ".nii.gz")
-SMALLEST_SIDE = 8  # voxels; below it there is nothing to learn from and most likely the file is a slice or a localiser
-MOST_VOXELS = 2**30  # 1024^3, 4 GB as float32; a damaged or hostile header claims any number
-MOST_HEADER = 2**26  # bytes before the voxels
-SPACINGS = (1e-4, 1e6)  # mm; wide, since some files are in metres or micrometres
-CHUNK = 2**20  # voxels that are looked at together: a check takes little memory, whatever the file unpacks to
+# What MONAI's reader takes: NIfTI files, NIfTI pairs (of which the .img is listed) and FreeSurfer's files.
+VOLUME = re.compile(r"\.(nii(\.(gz|bz2))?|img(\.gz)?|mgh|mgz)$", re.IGNORECASE)
+# What is no image by the last word of its name: BIDS, BraTS, FreeSurfer.
+NO_IMAGE = re.compile(
+    r"(?:^|[-_.+])(dseg|probseg|brainmask|mask|roi|labels?|seg|aseg|aparc|wmparc|ribbon|xfm|warp)$", re.IGNORECASE
+)
+CONTRAST = r"(?:t[12](?:w|c|ce|gd|n|f|star)?|pdw?|flair|dwi|adc|swi|mprage|mp2rage|spgr)"
+CONTRASTS = re.compile(rf"^(?:{CONTRAST}[-_. ]+)+|(?:(?:^|[-_. ]+){CONTRAST})+$", re.IGNORECASE)  # around a name
+SUBJECT = re.compile(r"(?<![A-Za-z0-9-])sub-[A-Za-z0-9]+")
+# Folders that hold the same people as those beside them.
+SAME_PEOPLE = re.compile(rf"rawdata|sourcedata|images?|(?:ses|session|visit)[-_]?\w*|{CONTRAST}", re.IGNORECASE)
+OTHER_SCANS = frozenset("dcm ima nrrd nhdr mha mhd mnc par rec head brik img hdr nii".split())  # endings not read
 
 
 def stem(path: str) -> str:
-    """File name without folder and without .nii, .nii.gz, .png, .jpg or .jpeg."""
-    return re.sub(r"\.(nii(\.gz)?|(?i:png|jpe?g))$", "", os.path.basename(path))
+    """File name without folder and without the ending of a volume or picture, in any case."""
+    name = os.path.basename(path)
+    return re.sub(r"\.(png|jpe?g)$", "", VOLUME.sub("", name), flags=re.IGNORECASE)
 
 
-def find_images(dataset_dir: str, mask_suffix: str | None = None, spatial_dims: int = 3) -> list[dict[str, str]]:
-    """All images below a folder, sorted by path; hidden files and folders (.git, ._x.nii) are passed over.
+def is_image(path: str, spatial_dims: int = 3) -> bool:
+    """Whether a file is a volume by its name, or in 2D a picture."""
+    return VOLUME.search(path) is not None or spatial_dims == 2 and is_picture(path)
+
+
+def header_of(path: str) -> str:
+    """The file that holds the header of a volume: itself, or the .hdr of an .img."""
+    if not path.lower().endswith((".img", ".img.gz")):
+        return path
+    return Nifti1Pair.filespec_to_file_map(path)["header"].filename
+
+
+def files_below(folder: str, key: str = "dataset_dir") -> list[str]:
+    """Every file below a folder, sorted; hidden files and folders (.git, ._x.nii) are passed over.
+
+    Links to folders are followed, each folder once, so that one that leads back ends there. Links to nothing are files.
+    A missing folder has no files.
+
+    Raises:
+        BundleError: a folder that cannot be opened; `key` is what the user knows it by.
+    """
+
+    def refuse(error: OSError) -> None:
+        if os.path.lexists(folder):
+            reason = f"{error.filename!r} cannot be searched ({error.strerror})"
+            raise BundleError(f"{key}: {reason}; folders that can be read would be right") from error
+
+    files, seen, waiting = [], set(), [folder]
+    while waiting:  # links come last: a file that has two paths gets the one without
+        for place, subfolders, names in os.walk(waiting.pop(0), onerror=refuse):
+            real = os.path.realpath(place)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            shown = sorted(name for name in subfolders if name[0] != ".")
+            links = [name for name in shown if os.path.islink(os.path.join(place, name))]
+            waiting += [os.path.join(place, name) for name in links]
+            subfolders[:] = [name for name in shown if name not in links]
+            files += [str(Path(place, name)) for name in names if name[0] != "."]
+    return sorted(files)
+
+
+def volumes_below(folder: str) -> list[str]:
+    """The volumes below a folder, whatever their names say they hold, sorted."""
+    return [file for file in files_below(folder) if VOLUME.search(file)]
+
+
+def find_images(
+    dataset_dir: str,
+    mask_suffix: str | None = None,
+    spatial_dims: int = 3,
+    image_pattern: str | None = None,
+    key: str = "dataset_dir",
+) -> list[dict[str, str]]:
+    """All images below a folder, sorted by path; the log counts what is left out.
 
     Args:
-        dataset_dir: searched with its sub-folders; a missing folder gives an empty list (see `require`).
+        dataset_dir: searched with its sub-folders and linked ones, see `files_below`; a missing folder gives an empty
+            list (see `require`).
         mask_suffix: for example "_mask": `sub-01_mask.nii.gz` is then the brain mask of `sub-01.nii.gz`.
-        spatial_dims: 3 finds NIfTI files; 2 also PNG and JPEG.
+        spatial_dims: 3 finds volumes; 2 also PNG and JPEG.
+        image_pattern: which files are images, such as "*_T1w.nii.gz" or, from `dataset_dir`, "sub-*/anat/*"; None for
+            all whose names do not end as those of masks, label maps and the like (NO_IMAGE) do.
+        key: what the user knows the folder by.
 
     Returns:
         [{"image": path}, ...], with "mask": path where `mask_suffix` is given.
 
     Raises:
-        BundleError: names every image that has no mask although `mask_suffix` is given; masks in 2D.
+        BundleError: names every image that has no mask although `mask_suffix` is given; masks in 2D; a pattern that
+            fits no file.
     """
     if mask_suffix and spatial_dims == 2:
         raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; null would be right")
-    files = []
-    for folder, subfolders, names in os.walk(dataset_dir):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        wanted = [name for name in names if name.endswith(SUFFIXES) or spatial_dims == 2 and is_picture(name)]
-        files += [str(Path(folder, name)) for name in wanted if name[0] != "."]
-    files.sort()
+    if image_pattern is not None and (not isinstance(image_pattern, str) or not image_pattern):
+        right = "null or a pattern such as '*_T1w.nii.gz' would be right"
+        raise BundleError(f"image_pattern: {image_pattern!r} was given; {right}")
+    every = files_below(dataset_dir, key)
+    files = [file for file in every if is_image(file, spatial_dims)]
+    tell_of_others(key, every, files)
+    masks = {}
+    if mask_suffix:
+        masks = {(os.path.dirname(f), stem(f)): f for f in files if stem(f).endswith(mask_suffix)}
+        files = [f for f in files if not stem(f).endswith(mask_suffix)]
+    if image_pattern is None:
+        images = without_labels(key, files)
+    else:
+        images = [f for f in files if fits(f, image_pattern, dataset_dir)]
+        if files and not images:
+            raise BundleError(
+                f"image_pattern: {image_pattern!r} fits none of the {len(files)} files in {key}, such as "
+                f"{os.path.relpath(files[0], dataset_dir)!r}; a pattern of some of them would be right"
+            )
+        logger.info(f"{key}: {len(images)} of {len(files)} files fit the image_pattern {image_pattern!r}")
+    images = once(key, images)
     if not mask_suffix:
-        return [{"image": f} for f in files]
-    masks = {(os.path.dirname(f), stem(f)): f for f in files if stem(f).endswith(mask_suffix)}
-    images = [f for f in files if not stem(f).endswith(mask_suffix)]
+        return [{"image": f} for f in images]
     pairs = [{"image": f, "mask": masks.get((os.path.dirname(f), stem(f) + mask_suffix), "")} for f in images]
     without = [p["image"] for p in pairs if not p["mask"]]
     if without:
@@ -76,256 +145,152 @@ def find_images(dataset_dir: str, mask_suffix: str | None = None, spatial_dims: 
     return pairs
 
 
-def shape_of(path: str) -> tuple[int, ...]:
-    """Voxels a side, from the header alone; of a PNG or JPEG (W, H)."""
-    if is_picture(path):
-        with Image.open(path) as picture:
-            return picture.size
-    return tuple(nib.load(path).shape)
+def fits(file: str, pattern: str, folder: str) -> bool:
+    """Whether the name of a file fits a pattern with * ? []; with a slash in it, the path from `folder`."""
+    return fnmatchcase(os.path.relpath(file, folder) if "/" in pattern else os.path.basename(file), pattern)
 
 
-def check_header(path: str) -> None:
-    """Raises ValueError for a header that nibabel must not even see: it reads all before the voxels into memory."""
-    with ImageOpener(path) as file:
-        block = file.read(nib.Nifti2Header.sizeof_hdr + 1)
-        second = any(block[:4] == nib.Nifti2Header.sizeof_hdr.to_bytes(4, order) for order in ("little", "big"))
-        kind = nib.Nifti2Header if second else nib.Nifti1Header
-        header = kind(block[: kind.sizeof_hdr], check=False)
-        offset, place = header["vox_offset"], kind.sizeof_hdr + 4
-        if not 0 <= offset <= MOST_HEADER:
-            raise ValueError(f"its voxels would begin at byte {offset:g}, more than {MOST_HEADER}")
-        extended = block[kind.sizeof_hdr : kind.sizeof_hdr + 1] > b"\0"
-        while extended and offset - place >= 16:  # each extension begins with its size
-            file.seek(place)
-            size = int.from_bytes(file.read(4), "little" if header.endianness == "<" else "big", signed=True)
-            if not 16 <= size <= offset - place:
-                raise ValueError(f"it would have an extension of {size} bytes in the {offset:g} before its voxels")
-            place += size
-    if header["sform_code"] == 0 and 0 in header["pixdim"][1 : 1 + min(3, header["dim"][0])]:
-        raise ValueError(f"its voxels would have the size {header['pixdim'][1:4].tolist()} mm")
-    bits = header.get_data_dtype().itemsize * 8
-    if header["bitpix"] not in (0, bits):
-        raise ValueError(f"its voxels would have {header['bitpix']} bits, and {bits} by their type")
+def counted(words: Iterable[str]) -> str:
+    """Each word with how often it is there, as in nrrd (4), json (2): the most frequent first, up to ten."""
+    common = Counter(words).most_common()
+    return ", ".join(f"{word} ({count})" for word, count in common[:10]) + (", ..." if len(common) > 10 else "")
 
 
-def problem_of_two_sizes(header: nib.Nifti1Header, affine: np.ndarray, spacing: np.ndarray) -> str:
-    """`problem_of` an sform that pixdim contradicts, where there is no qform to decide.
-
-    MONAI's reader then takes the rotation of that qform, which nobody has set: left and right may change places.
-    """
-    if header["sform_code"] == 0 or header["qform_code"] != 0:
-        return ""
-    sizes = np.abs(header.get_zooms()[:3])
-    if np.allclose(spacing[: len(sizes)], sizes):
-        return ""
-    if np.allclose(spacing[: len(sizes)], sizes, rtol=0.01):
-        turned = [nib.aff2axcodes(each) for each in (affine, header.get_qform())]
-        if turned[0] == turned[1]:
-            return ""
-    return (
-        f"has voxels of {spacing.round(6).tolist()} mm by its sform and of {sizes.round(6).tolist()} mm by its pixdim, "
-        "and no qform; one size would be right"
-    )
+def ending_of(path: str) -> str:
+    """What follows the last dot of a file's name, in lower case, with what stands before .gz and its like."""
+    found = re.search(r"\.([^.]+(?:\.(?:gz|bz2|zst|xz|z|zip))?)$", os.path.basename(path).lower())
+    return found.group(1) if found else "no ending"
 
 
-def problem_of_voxels(path: str, data: ArrayProxy) -> str:
-    """`problem_of` the voxels of a file, a chunk at a time; they must end where the file ends."""
-    left, not_finite, lowest, highest = int(np.prod(data.shape, dtype=object)), 0, np.inf, -np.inf
-    unscaled = (data.slope, data.inter) == (1, 0) and data.dtype.kind in "iu"
-    with ImageOpener(path) as file:
-        file.seek(data.offset)
-        while left:
-            chunk = file.read(min(left, CHUNK) * data.dtype.itemsize)
-            if len(chunk) < min(left, CHUNK) * data.dtype.itemsize:
-                raise EOFError("voxels are missing at its end")
-            values = np.frombuffer(chunk, data.dtype)
-            left -= len(values)
-            if not unscaled:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    values = apply_read_scaling(values, data.slope, data.inter).astype(np.float32)  # as training does
-                not_finite += int((~np.isfinite(values)).sum())
-            lowest, highest = min(lowest, values.min()), max(highest, values.max())
-        if file.read(1):  # nothing; then gzip compares its checksum
-            raise ValueError(f"it goes on after the {np.prod(data.shape)} voxels that its header names")
-    if not_finite:
-        return f"holds {not_finite} voxels that are NaN or infinite; finite numbers would be right"
-    if lowest == highest:
-        return f"holds the same value, {lowest}, in every voxel; an image would be right"
-    return ""
-
-
-def problem_of(path: str, spatial_dims: int = 3) -> str:
-    """Why a file cannot be used for training, as half a sentence; an empty string where it can."""
-    if is_picture(path):
-        return problem_of_picture(path)
-    try:
-        check_header(path)
-        image = nib.load(path)
-        shape = image.shape
-        while len(shape) > spatial_dims and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) != spatial_dims:
-            wanted = "a volume with three dimensions" if spatial_dims == 3 else "a slice with two dimensions"
-            return f"has shape {tuple(image.shape)}; {wanted} and one channel would be right"
-        if min(shape) < SMALLEST_SIDE:
-            return f"has shape {tuple(image.shape)}; at least {SMALLEST_SIDE} voxels a side would be right"
-        if image.get_data_dtype().fields is not None or image.get_data_dtype().kind not in "iuf":
-            return f"has voxels of type {image.get_data_dtype()}; integer or floating point numbers would be right"
-        spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
-        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-            return f"has an affine that cannot be inverted (voxel size {spacing.round(6).tolist()} mm)"
-        if not SPACINGS[0] <= spacing.min() <= spacing.max() <= SPACINGS[1]:
-            return f"has a voxel size of {spacing.tolist()} mm; from {SPACINGS[0]} to {SPACINGS[1]:g} would be right"
-        if problem := problem_of_two_sizes(image.header, image.affine, spacing):
-            return problem
-        sides = np.array(shape) * spacing[: len(shape)]  # mm; training pads to a box of equal sides
-        voxels = np.prod(shape, dtype=float) * np.prod(sides.max() / sides)
-        if voxels > MOST_VOXELS:
-            return (
-                f"has shape {tuple(image.shape)} and a voxel size of {spacing.round(6).tolist()} mm, in a box of equal "
-                f"sides {voxels:.3g} voxels; at most {MOST_VOXELS} would be right"
-            )
-        return problem_of_voxels(path, image.dataobj)
-    except Exception as e:  # nibabel, zlib and numpy each raise their own for a damaged file
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        return f"cannot be read as a NIfTI volume ({reason[:160]}); it may be truncated or of another kind"
-
-
-def problem_of_picture(path: str) -> str:
-    """`problem_of` a PNG or JPEG."""
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(grey(picture))
-    except Exception as e:  # Pillow and zlib each raise their own for a damaged file
-        return (
-            f"cannot be read as a picture ({str(e)[:160] or type(e).__name__}); it may be truncated or of another kind"
+def tell_of_others(key: str, every: Sequence[str], images: Sequence[str]) -> None:
+    """Count the files that are passed over by their endings, as a warning where there are scans among them."""
+    known = {*images, *map(header_of, images)}
+    others = [file for file in every if file not in known and os.path.basename(file) not in OVERVIEWS]
+    nowhere = [file for file in others if ending_of(file) == "no ending" and not os.path.exists(file)]
+    if nowhere:
+        logger.warning(f"{key}: {len(nowhere)} links lead to nothing and are passed over, for example {nowhere[0]!r}")
+    endings = [ending_of(file) for file in others if file not in nowhere]
+    if endings:
+        scans = any(ending.split(".")[0] in OTHER_SCANS for ending in endings)
+        advice = "; of scans NIfTI (.nii, .nii.gz) and FreeSurfer's .mgz are read" if scans else ""
+        logger.log(
+            logging.WARNING if scans else logging.INFO,
+            f"{key}: {len(endings)} files are passed over by their endings: {counted(endings)}{advice}",
         )
-    if min(pixels.shape) < SMALLEST_SIDE:
-        return f"has shape {pixels.shape[::-1]}; at least {SMALLEST_SIDE} pixels a side would be right"
-    if pixels.min() == pixels.max():
-        return f"holds the same value, {pixels.min()}, in every pixel; an image would be right"
-    return ""
 
 
-def problem_of_item(item: dict[str, str], spatial_dims: int = 3) -> str:
-    """`problem_of` an image and of its mask, where it has one; the two must have the same shape and axes."""
-    problem = problem_of(item["image"], spatial_dims)
-    if not problem and item.get("mask"):
-        problem = problem_of(item["mask"])
-        if not problem:
-            headers = [nib.load(item[key]) for key in ("image", "mask")]
-            right, found = (f"shape {h.shape[:3]} and axes {''.join(nib.aff2axcodes(h.affine))}" for h in headers)
-            if found != right:  # each is turned to RAS by its own affine
-                problem = f"has {found}; {right}, as its image has, would be right"
-        problem = f"has a mask, {item['mask']!r}, that {problem}" if problem else ""
-    return problem
+def without_labels(key: str, files: Sequence[str]) -> list[str]:
+    """The files whose names do not end as those of masks, label maps and the like do; the others are counted."""
+    found = {file: ending.group(1).lower() for file in files if (ending := NO_IMAGE.search(stem(file)))}
+    if found:
+        logger.warning(
+            f"{key}: {len(found)} of {len(files)} files are taken for masks, label maps or transforms by the ends of "
+            f"their names and left out: {counted(found.values())}; image_pattern says which files are images"
+        )
+    return [file for file in files if file not in found]
 
 
-def version_of_checks() -> str:
-    """A hash of the code that checks files; another one, and all of them are checked anew."""
-    here = Path(__file__)
-    versions = [here.read_bytes(), here.with_name("slices.py").read_bytes(), nib.__version__, PIL.__version__]
-    return hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest()
+def once(key: str, files: Sequence[str]) -> list[str]:
+    """The files without those that are another one's file too, by a link."""
+    first: dict[str, str] = {}
+    for file in files:
+        first.setdefault(os.path.realpath(file), file)
+    if len(first) < len(files):
+        again = next(file for file in files if first[os.path.realpath(file)] != file)
+        logger.warning(
+            f"{key}: {len(files) - len(first)} of {len(files)} images are links to others of them and left out, for "
+            f"example {again!r}, which is {first[os.path.realpath(again)]!r}"
+        )
+    return list(first.values())
 
 
-def mark_of(item: dict[str, str], spatial_dims: int) -> str | None:
-    """A hash of path, size and time of change of an image and its mask; None where one of them is not there."""
-    marked = hashlib.blake2b(str(spatial_dims).encode(), digest_size=16)
-    try:
-        for key in ("image", "mask"):
-            if path := item.get(key):
-                stat = os.stat(path)
-                marked.update(os.fsencode(os.path.abspath(path)) + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
-    except (OSError, ValueError):
-        return None
-    return marked.hexdigest()
+def subjects_of(images: Sequence[dict[str, str]], dataset_dir: str | None = None) -> list[str]:
+    """The subject that each image is of.
 
+    - It is the first BIDS entity `sub-...` in the file's name, wherever it stands, else that of the innermost folder.
+      In two folders neither of which holds the other (two datasets) the same entity is two subjects.
+    - Else a folder that holds several images, at any depth, is a subject where there are at least as many such folders
+      at its depth as images in the fullest of them: folders of patients, and not of classes or sites.
+    - Else it is the file's path without words for the contrast around its name: a_T1.nii and a_FLAIR.nii are of one.
 
-def read_marks(path: str | None, version: str) -> set[str]:
-    """Marks of the files that were found to be good by checks of this version; empty where the file is of no use."""
-    try:
-        content = json.loads(Path(path).read_text())
-        return set(map(str, content["good"])) if content["version"] == version else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
-def write_marks(path: str, version: str, marks: set[str]) -> None:
-    """Keep marks for `read_marks`; where that cannot be done, the next start checks all files again and it is said."""
-    text = json.dumps({"version": version, "good": sorted(marks)})
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_text(path, text)
-    except (OSError, BundleError) as e:
-        logger.warning(f"the next start will check all files again: {e}")
-
-
-def readable(
-    images: Sequence[dict[str, str]],
-    skip_bad_files: bool = False,
-    key: str = "dataset_dir",
-    spatial_dims: int = 3,
-    checked_path: str | None = None,
-) -> list[dict[str, str]]:
-    """Read every file once, in parallel, and give back those that can be used.
+    Folders of contrasts, sessions and the like (SAME_PEOPLE) are passed over in all of this. A warning says which names
+    with different words before `sub-...` were taken as one subject.
 
     Args:
-        key: what the user knows the files by, for the message.
-        spatial_dims: 2 or 3, what the files must have.
-        checked_path: JSON file that remembers which files were good, by path, size and time of change, so that they
-            are not read again; None for no such memory. In a distributed run the first process checks for all.
-
-    Raises:
-        BundleError: lists ALL files that cannot be used, unless `skip_bad_files`, which warns of each instead.
+        dataset_dir: above which no folder counts; None for the root.
     """
-    with idist.one_rank_first():
-        problems = problems_of_all(images, spatial_dims, checked_path)
-    bad = [f"{item['image']!r} {problem}" for item, problem in zip(images, problems, strict=True) if problem]
-    if bad and not skip_bad_files:
-        files = "file" if len(bad) == 1 else "files"
-        raise BundleError(
-            f"{key}: {len(bad)} {files} of {len(images)} cannot be used "
-            "(mend or remove, or go on without by --skip_bad_files true):\n  " + "\n  ".join(bad)
+    paths = [people_of(Path(os.path.relpath(item["image"], dataset_dir or "/")).parts) for item in images]
+    entities = [next((found.group() for part in path[::-1] if (found := SUBJECT.search(part))), None) for path in paths]
+    scopes: dict[str, set[tuple[str, ...]]] = {}
+    for path, entity in zip(paths, entities, strict=True):
+        scopes.setdefault(entity or "", set()).add(dataset_of(path))
+    patients = patient_folders([path for path, entity in zip(paths, entities, strict=True) if not entity])
+    subjects = []
+    for path, entity in zip(paths, entities, strict=True):
+        if entity:
+            around = (scope for scope in scopes[entity] if dataset_of(path)[: len(scope)] == scope)
+            parts = (*min(around, key=len), entity)
+        else:
+            above = [path[:depth] for depth in range(1, len(path)) if path[:depth] in patients]
+            parts = above[0] if above else (*path[:-1], CONTRASTS.sub("", stem(path[-1])))
+        subjects.append("/".join(part for part in parts if part))
+    warn_of_joined(paths, entities, subjects)
+    return subjects
+
+
+def people_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without the folders that hold the same people as those beside them."""
+    return (*(part for part in path[:-1] if not SAME_PEOPLE.fullmatch(part)), path[-1])
+
+
+def dataset_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The folders that name the dataset of a path: those above `derivatives` or `sub-...`."""
+    ends = (i for i, part in enumerate(path[:-1]) if part == "derivatives" or SUBJECT.search(part))
+    return path[: next(ends, len(path) - 1)]
+
+
+def patient_folders(paths: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The folders that are a subject each, see `subjects_of`."""
+    held = Counter(path[:depth] for path in paths for depth in range(1, len(path)))
+    innermost = {
+        next((path[:depth] for depth in range(len(path) - 1, 0, -1) if held[path[:depth]] > 1), ()) for path in paths
+    } - {()}
+    depths: dict[int, list[tuple[str, ...]]] = {}
+    for folder in innermost:
+        depths.setdefault(len(folder), []).append(folder)
+    plausible = (folders for folders in depths.values() if len(folders) >= max(held[folder] for folder in folders))
+    return {folder for folders in plausible for folder in folders}
+
+
+def warn_of_joined(paths: Sequence[tuple[str, ...]], entities: Sequence[str | None], subjects: Sequence[str]) -> None:
+    """Say which names with different words before `sub-...` are one subject, and how many numbers are several."""
+    named: dict[str, set[str]] = {}
+    for path, entity, subject in zip(paths, entities, subjects, strict=True):
+        if entity:
+            carrier = next(part for part in path[::-1] if SUBJECT.search(part))
+            beginning = carrier[: SUBJECT.search(carrier).end()]
+            named.setdefault(subject, set()).add("/".join((*dataset_of(path), beginning)))
+    joined = {subject: sorted(names) for subject, names in named.items() if len(names) > 1}
+    if joined:
+        examples = "; ".join(" and ".join(names) for names in list(joined.values())[:3])
+        logger.warning(
+            f"{len(joined)} subjects have names with different beginnings, which are taken as scans of one person: "
+            f"{examples}; where they are of different people, a folder for each dataset would be right"
         )
-    for line in bad:
-        logger.warning(f"skipped: {line}")
-    return [item for item, problem in zip(images, problems, strict=True) if not problem]
-
-
-def problems_of_all(images: Sequence[dict[str, str]], spatial_dims: int, checked_path: str | None) -> list[str]:
-    """`problem_of_item` of each; what `checked_path` remembers as good is not read, see `readable`."""
-    version = version_of_checks()
-    known = read_marks(checked_path, version)
-    marks = [mark_of(item, spatial_dims) for item in images] if checked_path else [None] * len(images)
-    unknown = [item for item, mark in zip(images, marks, strict=True) if mark not in known]
-    # decompression leaves the interpreter lock; each thread holds a part of one volume
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        checked = pool.map(partial(problem_of_item, spatial_dims=spatial_dims), unknown)
-        found = iter(list(tqdm(checked, "checking files", len(unknown), disable=not unknown, leave=False)))
-    problems = ["" if mark in known else next(found) for mark in marks]
-    good = {mark for mark, problem in zip(marks, problems, strict=True) if mark and not problem}
-    if checked_path and good - known and idist.get_rank() == 0:
-        # marks of other folders are kept, as several cohorts share a file, but not without end
-        write_marks(checked_path, version, good | known if len(known) < 10 * len(good) + 10_000 else good)
-    return problems
-
-
-def subject_of(path: str) -> str:
-    """The subject a scan belongs to: the first BIDS entity `sub-...` in its file name, with what stands before it (two
-    datasets both have a sub-01), or else the innermost folder `sub-...`; else each file is a subject of its own."""
-    if found := re.match(r".*?sub-[A-Za-z0-9]+", os.path.basename(path)):
-        return found.group()
-    folders = [found.group() for part in Path(path).parent.parts if (found := re.match(r"sub-[A-Za-z0-9]+", part))]
-    return folders[-1] if folders else path
+    numbers = Counter(subject.rsplit("/", 1)[-1] for subject in named)
+    apart = sum(numbers[subject.rsplit("/", 1)[-1]] > 1 for subject in named)
+    if apart:
+        logger.info(f"{apart} subjects have the number of another one, in another folder: taken as different people")
 
 
 def split_by_subject(
-    images: Sequence[dict[str, str]], val_fraction: float, seed: int
+    images: Sequence[dict[str, str]], val_fraction: float, seed: int, dataset_dir: str | None = None
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training, held-out) lists; all scans of a subject are on one side. A seeded shuffle of the subjects decides.
 
     Args:
         val_fraction: share of the subjects to hold out, in (0, 1); at least one subject is held out.
+        dataset_dir: see `subjects_of`.
 
     Raises:
         BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
@@ -334,18 +299,21 @@ def split_by_subject(
         raise BundleError(f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1, for example 0.1")
     if not images:
         return [], []
-    subjects = sorted({subject_of(item["image"]) for item in images})
+    of_images = subjects_of(images, dataset_dir)
+    subjects = sorted(set(of_images))
     held_out = max(1, round(val_fraction * len(subjects)))
     if held_out >= len(subjects):
         raise BundleError(
             f"dataset_dir: {len(images)} usable images of {len(subjects)} subjects, too few to train on some and hold "
             f"out {held_out} (val_fraction = {val_fraction}); at least {held_out + 1} subjects would be right"
         )
+    if len(subjects) < len(images):
+        logger.info(f"dataset_dir: {len(images)} images are of {len(subjects)} subjects")
     order = np.random.default_rng(seed).permutation(len(subjects))
     validation = {subjects[i] for i in order[:held_out]}
     sides: tuple[list, list] = ([], [])
-    for item in images:
-        sides[subject_of(item["image"]) in validation].append(item)
+    for item, subject in zip(images, of_images, strict=True):
+        sides[subject in validation].append(item)
     return sides
 
 
@@ -365,7 +333,7 @@ def require(dataset_dir: str, training: Sequence, class_names: Sequence[str] | N
         return
     found = "it holds no usable images" if os.path.isdir(dataset_dir) else "there is no such folder"
     raise BundleError(
-        f"dataset_dir: {str(dataset_dir)!r}: {found}; a folder with at least two brain-extracted NIfTI volumes "
-        "(.nii or .nii.gz; in 2D also .png or .jpg) would be right, in MONAI Label images with a final label, or no "
-        "folder at all and configs/presets/demo.json"
+        f"dataset_dir: {str(dataset_dir)!r}: {found}; a folder with at least two brain-extracted volumes "
+        "(.nii, .nii.gz or .mgz; in 2D also .png or .jpg) would be right, in MONAI Label images with a final label, or "
+        "no folder at all and configs/presets/demo.json"
     )

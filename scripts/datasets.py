@@ -30,6 +30,7 @@ from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
+from scripts.datalist import header_of
 from scripts.errors import BundleError, LoaderDied, root_bundle_error
 from scripts.files import write_text
 
@@ -54,8 +55,9 @@ def hash_of(content: Any) -> str:
 
 def stamped_hashing(item: dict) -> bytes:
     """Cache key of {"image": path, ...}: the paths, and size and time of each file: one that was replaced is new."""
-    stats = {key: os.stat(path) for key, path in item.items() if os.path.isfile(path)}
-    return hash_of([sorted(item.items()), sorted((k, s.st_size, s.st_mtime_ns) for k, s in stats.items())]).encode()
+    files = sorted({file for path in item.values() for file in (path, header_of(path)) if os.path.isfile(file)})
+    stats = [(file, os.stat(file)) for file in files]
+    return hash_of([sorted(item.items()), [(file, s.st_size, s.st_mtime_ns) for file, s in stats]]).encode()
 
 
 class Named(Transform):
@@ -330,8 +332,9 @@ def summarise(
     spatial_shape: Sequence[int],
     path: str,
     class_names: Sequence[str] | None = None,
+    dataset_dir: str | None = None,
 ) -> list[float]:
-    """Write what was trained on (counts, files, physical voxel sizes of the cubes) to a JSON file.
+    """Write what was trained on (folder, counts, files, physical voxel sizes of the cubes) to a JSON file.
 
     With classes it also counts them, and a file beside it lists those of each: dataset.json has dataset_glioma.json.
 
@@ -343,6 +346,7 @@ def summarise(
     sizes = training.voxel_sizes()
     statistics = {name: getattr(np, name)(sizes, axis=0).round(4).tolist() for name in ("median", "mean", "min", "max")}
     summary = {
+        "dataset_dir": dataset_dir,
         "spatial_shape": list(spatial_shape),
         "voxel_size_mm": statistics,
         "training": [item["image"] for item in training.volumes.data],

@@ -27,6 +27,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from scripts.datalist import is_image
 from scripts.errors import BundleError
 
 __all__ = ["Ellipsoid", "draw_head", "ellipsoid_coverage", "phantom_cohort", "shepp_logan_phantom"]
@@ -115,7 +116,7 @@ def phantom_cohort(
     Writes `phantom_000.nii.gz`, `phantom_001.nii.gz`, ...: int16, grey values 0 to 1000, background 0, RAS axes with
     the middle of the volume at world 0, sform and qform set. Each file appears whole or not at all, so that several
     processes may call this at once. A file that exists is left as it is, even if it was made with other arguments. A
-    folder with any other `.nii` or `.nii.gz` file, at any depth, is the user's own and nothing is written to it.
+    folder with any other volume (NIfTI, FreeSurfer), at any depth, is the user's own and nothing is written to it.
 
     Args:
         dataset_dir: folder of the dataset, made if it does not exist.
@@ -283,9 +284,9 @@ def _write_atomically(path: str, content: bytes) -> None:
 
 
 def _holds_user_data(folder: str) -> bool:
-    """Whether there is a NIfTI file, at any depth, that is not one of the phantoms."""
+    """Whether there is a volume, at any depth, that is not one of the phantoms."""
     return any(
-        name.lower().endswith((".nii", ".nii.gz")) and not PHANTOM_FILE.fullmatch(name)
+        is_image(name) and not PHANTOM_FILE.fullmatch(name)
         for name in glob.iglob("**", root_dir=folder, recursive=True)
     )
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -16,8 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from scripts.cohorts import HELD_OUT, Cohorts, named_folders
-from scripts.datalist import find_images
+from scripts.cohorts import Cohorts, check_enough
 from scripts.errors import BundleError
 from scripts.files import write_atomically, write_text
 from scripts.pictures import triplanar
@@ -32,32 +30,6 @@ def check_knobs(num_images: int, seed: int) -> None:
     for key, value, least in (("num_images", num_images, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise BundleError(f"{key}: {value!r} was given; it must be a whole number, {least} or more")
-
-
-def check_enough(volumes: Mapping[str, int], num_images: int) -> None:
-    """Every source (name = number of its volumes) has `num_images` volumes."""
-    few = {name: count for name, count in volumes.items() if count < num_images}
-    if few:
-        found = ", ".join(f"{name} has {count}" for name, count in few.items())
-        raise BundleError(
-            f"num_images: {num_images} of each source were asked for, but {found}; "
-            "fewer images or more volumes would be right"
-        )
-
-
-def check_study(
-    real_dir: str, synthetic_dirs: Mapping[str, str] | str, num_images: int, seed: int, max_volumes: int | None = None
-) -> None:
-    """Knobs and folders suit each other: seen from the names of the files alone, before anything is preprocessed.
-
-    Raises:
-        BundleError: a folder is missing or holds fewer than `num_images` files.
-    """
-    check_knobs(num_images, seed)
-    folders = named_folders(real_dir, None, synthetic_dirs)
-    folders.pop(HELD_OUT, None)
-    files = {name: find_images(f) if isinstance(f, str) else f for name, f in folders.items()}
-    check_enough({name: len(f[:max_volumes]) for name, f in files.items()}, num_images)
 
 
 def grey_png(picture: np.ndarray) -> bytes:
@@ -87,7 +59,8 @@ class ReaderStudy:
     def __init__(self, cohorts: Cohorts, num_images: int = 50, seed: int = 0, output_dir: str = ".") -> None:
         check_knobs(num_images, seed)
         sources = [cohorts.real, *cohorts.synthetic]
-        check_enough({cohort.name: len(cohort) for cohort in sources}, num_images)
+        folders = {cohort.name: cohort.folder for cohort in sources}
+        check_enough({cohort.name: len(cohort) for cohort in sources}, folders, num_images)
         generator = np.random.default_rng(seed)
         drawn = [(cohort, int(i)) for cohort in sources for i in generator.permutation(len(cohort))[:num_images]]
         order = generator.permutation(len(drawn))

@@ -14,6 +14,9 @@ from monai.utils import convert_to_dst_type
 
 from scripts.errors import BundleError
 
+LEVEL = 1e-3  # of the largest value: so even is what lies around a brain that was extracted
+FAINT = 0.05  # of the 99th percentile of what is not that even: a wave of spline resampling, and no brain
+
 
 def otsu_threshold(values: np.ndarray) -> float:
     """The threshold that best separates two classes of intensities (Otsu 1979): maximal between-class variance.
@@ -45,22 +48,36 @@ def filled(mask: np.ndarray) -> np.ndarray:
 def foreground_of(image: np.ndarray) -> np.ndarray:
     """Boolean mask of the brain (or head) in a volume without channel axis.
 
-    A brain-extracted image has one exact value around the brain, so also in its corners: everything else is foreground.
+    A brain-extracted image has one value around the brain, so also in its corners: everything else is foreground.
+    Resampling with splines leaves waves there: what is FAINT or less counts only with brain on both sides along every
+    axis. Where much is below that value (z-scores have it in their middle) all that differs from it is foreground.
     Otherwise (a whole head in air whose noise may be whole numbers) Otsu's threshold separates tissue from air, and
     cavities are filled.
     """
-    corners = image[np.ix_(*(np.r_[: side // 10 + 1, -(side // 10) - 1 : 0] for side in image.shape))]
-    values, counts = np.unique(corners, return_counts=True)
-    outside = image == values[np.argmax(counts)]
-    if counts.max() > 0.95 * corners.size and outside.mean() > 0.3:
+    corners = np.ix_(*(np.r_[: side // 10 + 1, -(side // 10) - 1 : 0] for side in image.shape))
+    height = image - np.median(image[corners])
+    outside = np.abs(height) <= LEVEL * np.abs(height).max()
+    even = outside[corners].mean() > 0.95
+    signed = -height[height < 0].sum() > 0.2 * height[height > 0].sum()
+    if signed:
+        outside = height == 0
+    if not even or outside.mean() <= 0.3:
+        return filled(image > otsu_threshold(image))
+    if signed or outside.all():
         return ~outside
-    return filled(image > otsu_threshold(image))
+    return ~outside & filled(height > FAINT * np.percentile(height[~outside], 99))
+
+
+def mask_of(mask: np.ndarray) -> np.ndarray:
+    """The brain in a mask or label map: what is above 0, in a soft one (fractions) above half of its largest value."""
+    soft = mask.dtype.kind == "f" and bool((mask != np.rint(mask)).any())
+    return mask > (mask.max() / 2 if soft else 0)
 
 
 class ZeroBackgroundd(MapTransform):
     """Shift intensities so that the foreground starts at 0 and everything else IS 0: y = (x - min(x)) in the mask.
 
-    The foreground is where `mask_key` > 0, if the item has a mask, and otherwise what `foreground_of` finds.
+    The foreground is what `mask_of` finds in `mask_key`, if the item has a mask, otherwise what `foreground_of` finds.
     Input: (1, *spatial) of any type and range. Output: float32, >= 0. The mask is dropped from the item.
 
     Raises:
@@ -77,7 +94,7 @@ class ZeroBackgroundd(MapTransform):
         for key in self.key_iterator(item):
             image = item[key].float()
             foreground = torch.as_tensor(
-                (mask.numpy()[0] > 0) if mask is not None else foreground_of(image.numpy()[0])
+                mask_of(mask.numpy()[0]) if mask is not None else foreground_of(image.numpy()[0])
             )[None]
             inside = image.as_tensor()[foreground]
             if inside.numel() == 0 or inside.min() == inside.max():

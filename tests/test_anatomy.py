@@ -82,7 +82,16 @@ def test_files_that_are_no_label_maps_are_named(tmp_path):
     nib.save(image, tmp_path / "t1.nii.gz")
     (tmp_path / "text.nii.gz").write_text("no image")
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.uint8), np.eye(4)), tmp_path / "four.nii.gz")
-    for name, word in (("t1", "whole numbers"), ("text", "cannot be read"), ("four", "three dimensions")):
+    labels = np.zeros((4, 4, 4), np.float32)
+    for name, value in (("infinite", np.inf), ("nan", np.nan)):
+        labels[1, 2, 3] = value
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(labels.astype(np.complex64), np.eye(4)), tmp_path / "complex.nii.gz")
+    whole = (tmp_path / "t1.nii.gz").read_bytes()
+    (tmp_path / "bits.nii.gz").write_bytes(whole[:100] + bytes(20) + whole[120:])
+    wrong = {"t1": "whole numbers", "text": "cannot be read", "four": "three dimensions", "bits": "cannot be read"}
+    wrong |= {"infinite": "the value inf; whole", "nan": "the value nan; whole", "complex": "voxels of type complex64"}
+    for name, word in wrong.items():
         with pytest.raises(BundleError, match=f"{name}.nii.gz.*{word}"):
             label_volumes(str(tmp_path / f"{name}.nii.gz"))
     real = cohort("real", brains(2), [str(tmp_path / "t1.nii.gz")] * 2)

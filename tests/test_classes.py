@@ -285,7 +285,9 @@ def test_class_knobs_of_training_are_checked(class_names, class_dropout, words):
 
 def test_a_table_without_names_and_a_class_without_images_are_refused(scans):
     with pytest.raises(BundleError, match="class_table: 'x.csv' was given without class_names"):
-        with_classes(scans, None, "x.csv", "")
+        check_classes(None, 0.1, "x.csv")
+    with pytest.raises(BundleError, match="class_table: 'x.csv' cannot be read"):
+        check_classes(NAMES, 0.1, "x.csv")
     labelled = [item | {"class_label": 0} for item in scans]
     require("", labelled, ["bright"])
     with pytest.raises(BundleError, match=r"of 4 images to train on none is of \['dark'\]"):

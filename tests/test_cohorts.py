@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.transforms import Compose
 
-from scripts.cohorts import load_cohorts, matching_label_maps, named_folders
+from scripts.cohorts import load_cohorts, matching_label_maps, sources_of
 from scripts.errors import BundleError
 
 
@@ -123,9 +123,9 @@ def test_label_maps_are_matched_by_name(tmp_path):
         ("two", {}, "synthetic_dirs: {} was given"),
         ("two", 3, "synthetic_dirs: 3 was given"),
         ("two", {"real": "two"}, "the name 'real' is taken"),
-        ("one", {"a": "two"}, "real volumes: .*one' holds 1 usable volumes; at least 2"),
-        ("two", {"a": "empty"}, "a volumes: .*empty' holds 0 usable volumes; at least 2"),
-        ("two", {"a": "text"}, "a volumes: 1 file of 3 cannot be used.*bad.nii.gz' cannot be read as a NIfTI"),
+        ("one", {"a": "two"}, "volumes: real has 1 in '.*one'; at least 2 usable"),
+        ("two", {"a": "empty"}, "volumes: a has 0 in '.*empty'; at least 2 usable"),
+        ("two", {"a": "text"}, "a volumes: 1 file of 3 cannot be used.*bad.nii.gz' cannot be read as a volume"),
     ],
 )
 def test_bad_folders_get_a_sentence(tmp_path, real, synthetic, sentence):
@@ -158,4 +158,43 @@ def test_bad_label_folders_get_a_sentence(tmp_path):
 def test_a_dataset_json_of_another_kind_gets_a_sentence(tmp_path):
     (tmp_path / "other.json").write_text('{"train": []}')
     with pytest.raises(BundleError, match="not a dataset.json of a training run"):
-        named_folders(str(tmp_path / "other.json"), None, {"a": str(tmp_path)})
+        sources_of(str(tmp_path / "other.json"), None, {"a": str(tmp_path)})
+
+
+@pytest.mark.parametrize("dataset_dir, expected", [("/home/glioma/d", "/home/glioma/d"), (None, "/home/glioma")])
+def test_the_folder_of_a_training_is_that_of_its_dataset_json_or_what_all_its_files_share(
+    tmp_path, dataset_dir, expected
+):
+    files = ["/home/glioma/scans/a.nii", "/home/glioma/more/b.nii"]
+    split = {"training": files[:1], "validation": files[1:]} | ({"dataset_dir": dataset_dir} if dataset_dir else {})
+    (tmp_path / "dataset.json").write_text(json.dumps(split))
+    sources = sources_of(str(tmp_path / "dataset.json"), None, str(tmp_path))
+    assert [(name, source.folder, source.files) for name, source in sources.items()] == [
+        ("real", expected, files[:1]),
+        ("held-out", expected, files[1:]),
+        ("synthetic", str(tmp_path), None),
+    ]
+
+
+def test_a_pattern_is_of_the_real_folders_and_masks_are_left_out_of_all(tmp_path, caplog):
+    real, ours = folder(tmp_path / "r", range(4)), folder(tmp_path / "s", [6, 7])
+    for path in (tmp_path / "r/v0_mask.nii.gz", tmp_path / "s/v6_mask.nii.gz"):
+        save(path, blob(0) > 0)
+    cohorts = load(tmp_path, real, ours, image_pattern="v[012].nii.gz")
+    assert [len(cohort) for cohort in cohorts] == [3, 2]
+    assert "synthetic volumes: 1 of 3 files are taken for masks" in caplog.text
+
+
+def test_a_reader_study_needs_no_held_out_volumes_and_counts_before_it_reads(tmp_path):
+    files = [save(tmp_path / f"all/v{i}.nii.gz", blob(i)) for i in range(3)]
+    split = tmp_path / "dataset.json"
+    split.write_text(json.dumps({"training": files, "validation": []}))
+    ours = folder(tmp_path / "s", [8, 9, 10])
+    assert [cohort.name for cohort in load(tmp_path, str(split), ours, num_images=1)] == ["real", "synthetic"]
+    (tmp_path / "s/v9.nii.gz").write_text("no volume")
+    with pytest.raises(BundleError, match="num_images: 4 .* real has 3 in '.*json', synthetic has 3 in '.*s'; fewer"):
+        load(tmp_path, str(split), ours, num_images=4)
+    with pytest.raises(BundleError, match="num_images: 2 of each .* but real has 1 in"):
+        load(tmp_path, str(split), ours, num_images=2, max_volumes=1)
+    with pytest.raises(BundleError, match="num_images: 3 of each .* but synthetic has 2 in"):
+        load(tmp_path, str(split), ours, num_images=3, skip_bad_files=True)

@@ -180,7 +180,7 @@ def test_only_missing_phantoms_are_made(cohort_dir, capfd):
 
 
 @pytest.mark.parametrize(
-    "name", ["brain.nii.gz", "brain.nii", "sub-01/anat/sub-01_T1w.nii.gz", "old/phantom_000.nii.gz"]
+    "name", ["brain.nii.gz", "brain.nii", "T1.mgz", "sub-01/anat/sub-01_T1w.nii.gz", "old/phantom_000.nii.gz"]
 )
 def test_the_users_own_data_are_left_alone(tmp_path, name):
     own = tmp_path / name

@@ -19,11 +19,12 @@ from test_datasets import preprocessing
 
 from scripts.checkpoints import begin_with, checkpoints_in, load_file, newest_whole
 from scripts.classes import check_classes
-from scripts.datalist import find_images, readable
+from scripts.datalist import find_images
 from scripts.datasets import VolumeDataset
 from scripts.errors import BundleError, root_bundle_error
 from scripts.evaluation import slug
 from scripts.features import read_state_dict
+from scripts.inspection import readable
 
 MARK = "PATIENT_X"
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -15,9 +16,10 @@ from PIL import Image
 
 from scripts.by_class import ByClass
 from scripts.checks import check_network
-from scripts.cohorts import Cohort, Cohorts
-from scripts.datalist import find_images, problem_of, readable, split_by_subject
+from scripts.cohorts import HELD_OUT, Cohort, Cohorts
+from scripts.datalist import find_images, split_by_subject
 from scripts.errors import BundleError
+from scripts.inspection import examine, readable
 from scripts.ms_ssim import Diversity
 from scripts.nifti import SaveVolumes
 from scripts.pictures import save_denoising
@@ -64,7 +66,7 @@ def written(kind, folder):
 )
 def test_pictures_and_slices_become_the_same_image(kind, tmp_path):
     path, bright = written(kind, tmp_path)
-    assert [item["image"] for item in find_images(str(tmp_path), None, 2)] == [path] and problem_of(path, 2) == ""
+    assert [item["image"] for item in find_images(str(tmp_path), None, 2)] == [path] and examine(path, 2).problem == ""
     item = preprocessing(spatial_shape=[60, 60])({"image": path})  # the longer side as it is: letterboxed, not resized
     image = item["image"].float().numpy()
     assert image.shape == (1, 60, 60) and item["voxel_size"].tolist() == ([2, 2] if "nii" in kind else [1, 1])
@@ -182,7 +184,7 @@ def images_of(name, counts, seed, folder="/d"):
     files = [f"{folder}/{name}/{of}/{i}.png" for of, count in counts.items() for i in range(count)]
     coarse = rng.uniform(-1, 1, (len(files), 4, 4))
     volumes = coarse.repeat(5, 1).repeat(5, 2).astype(np.float16)
-    return Cohort(name, files, volumes, np.ones((len(files), 2), np.float32))
+    return Cohort(name, files, volumes, np.ones((len(files), 2), np.float32), folder=f"{folder}/{name}")
 
 
 def test_a_row_of_a_class_is_the_measure_of_its_images_alone(tmp_path):
@@ -208,8 +210,39 @@ def test_a_row_of_a_class_is_the_measure_of_its_images_alone(tmp_path):
     assert all((tmp_path / figure["file"]).stat().st_size > 1000 for figure in figures)
 
 
+def test_a_class_is_a_folder_below_the_one_that_was_given():
+    """Somebody named glioma has pictures in the folder of her name, and in folders of classes."""
+    real = images_of("data", {"glioma": 3, "healthy": 2, "": 2}, 0, folder="/home/glioma")
+    measure = ByClass(["glioma", "healthy"], [])
+    measure.check(Cohorts(real, None, []))
+    assert measure.classes["data"] == ["glioma"] * 3 + ["healthy"] * 2 + [None] * 2
+
+
+def test_a_table_of_classes_is_that_of_training(tmp_path):
+    real, ours = images_of("real", {"": 5}, 0), images_of("ours", {"b": 2, "a": 2}, 1)
+    held_out = replace(images_of("real", {"": 2}, 2), name=HELD_OUT, files=["/d/unseen/0.png", "/d/unseen/1.png"])
+    held_out.folder = "/d/unseen"
+    table = tmp_path / "classes.csv"
+    rows = "0.png,a\n1.png,b\n/d/real/2.png,b\n3.png,a\n4.png,b\n"
+    table.write_text("file,class\n" + rows)
+    parser = ConfigParser()
+    parser.read_config(ROOT / "configs/evaluate.json")
+    parser.update({"class_names": ["a", "b"], "class_table": str(table)})
+    measure = parser.get_parsed_content("measures#5")
+    measure.check(Cohorts(replace(real, name="real"), held_out, [ours]))
+    assert measure.classes["real"] == ["a", "b", "b", "a", "b"] and measure.classes["ours"] == ["b", "b", "a", "a"]
+    assert measure.classes[HELD_OUT] == ["a", "b"]
+    before = measure.settings
+    table.write_text("file,class\n" + rows.replace("0.png,a\n1.png,b", "0.png,b\n1.png,a"))
+    measure.check(Cohorts(real, held_out, [ours]))
+    assert measure.settings["counts"] == before["counts"] and measure.settings != before  # the old rows are no use
+    table.write_text("file,class\n" + rows.replace("4.png,b\n", ""))
+    with pytest.raises(BundleError, match="class_table: 1 of 5 real images have no line in .*'/d/real//4.png"):
+        measure.check(Cohorts(real, None, [ours]))
+
+
 def test_a_class_without_real_images_is_named():
-    with pytest.raises(BundleError, match="class_names: 0 real images lie in a folder 'star'"):
+    with pytest.raises(BundleError, match="class_names: 0 real images are of the class 'star'"):
         ByClass(["round", "star"], []).check(Cohorts(images_of("real", {"round": 5}, 0), None, []))
 
 

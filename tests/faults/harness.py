@@ -31,7 +31,8 @@ from conftest import ROOT, bundle_command
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "shutil.move", "shutil.copyfile")
 LOADED = ["fire", "torch._dynamo", "monai.bundle", "monai.engines", "monai.handlers", "monai.inferers"]
 LOADED += [
-    f"scripts.{name}" for name in ("surge", "pictures", "validation", "sampler", "datasets", "datalist", "slices")
+    f"scripts.{name}"
+    for name in ("surge", "pictures", "validation", "sampler", "datasets", "datalist", "inspection", "slices")
 ]
 os.environ |= {
     "OMP_NUM_THREADS": "1",

@@ -169,9 +169,9 @@ def judge(path: Path) -> dict:
     """What the checks say, and whether the voxels that training would load are those of VOXELS."""
     from monai.transforms import LoadImage
 
-    from scripts.datalist import problem_of
+    from scripts.inspection import examine
 
-    problem = problem_of(str(path))
+    problem = examine(str(path)).problem
     if problem:
         return {"name": path.name, "problem": problem}
     loaded = LoadImage(reader="NibabelReader", ensure_channel_first=True)(str(path))
@@ -180,7 +180,7 @@ def judge(path: Path) -> dict:
 
 
 def main(folder: str) -> None:
-    import scripts.datalist  # noqa: F401  before the limit
+    import scripts.inspection  # noqa: F401  before the limit
 
     def too_long(*_: object) -> None:
         raise SystemExit("a file took too long")

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK
 
-from scripts.datalist import find_images, problem_of, readable
+from scripts.datalist import find_images
 from scripts.errors import BundleError
+from scripts.inspection import examine, readable
 
 TINY = TINY_NETWORK | {
     "batch_size": "2",
@@ -119,7 +120,7 @@ def test_a_flipped_bit_of_a_compressed_file_is_found_or_harmless(seed, tmp_path)
     """An uncompressed file has no checksum: there a flipped bit of a voxel cannot be told from the truth."""
     path = tmp_path / "a.nii.gz"
     path.write_bytes(mutations.flipped(mutations.GZ, 1000 + seed))
-    if problem_of(str(path)) == "":
+    if examine(str(path)).problem == "":
         image = nib.load(path)
         assert np.array_equal(image.dataobj, mutations.VOXELS) and np.array_equal(image.affine, mutations.AFFINE)
 
