@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import nibabel as nib
@@ -319,13 +320,66 @@ def subject_of(path: str) -> str:
     return folders[-1] if folders else path
 
 
+def split_as_before(
+    images: Sequence[dict[str, str]], path: str, data_description: Mapping[str, Any]
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The split of a run that goes on; subjects that are new join the training part, and are named.
+
+    Args:
+        path: the dataset.json of that run. Its files are known by their places below `dataset_dir`, which may have
+            moved since.
+        data_description: knobs as they are now, `dataset_dir` among them; the other ones must be those of the run.
+
+    Raises:
+        BundleError: it is not readable, the run was begun with another value of a knob, such as the seed, or none of
+            what was held out is there any more.
+    """
+    given = json.loads(json.dumps(dict(data_description), default=str))
+    folder = given.pop("dataset_dir", "")
+    try:
+        record = json.loads(Path(path).read_text())
+        then, sides = record.get("data_description", {}), [record[side] for side in ("training", "validation")]
+        places = [{os.path.relpath(file, then.get("dataset_dir", folder)) for file in files} for files in sides]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
+        raise BundleError(
+            f"{path!r} does not say how the run was split ({e}); mend it, or remove it to split anew"
+        ) from e
+    for key, value in given.items():
+        if then.get(key, value) != value:
+            raise BundleError(
+                f"{key}: {data_description[key]!r} was given, but the run that goes on was begun with {then[key]!r} "
+                f"({path!r}); give the same, or begin a new run with --init_ckpt"
+            )
+    training, held_out = ({str(Path(folder, place)) for place in of_side} for of_side in places)
+    there = {item["image"] for item in images}
+    if held_out and not held_out & there:
+        raise BundleError(
+            f"dataset_dir: {folder!r} holds none of the {len(held_out)} held-out files of the run that goes on "
+            f"({path!r}); the folder that it was begun with would be right"
+        )
+    if gone := (training | held_out) - there:
+        logger.warning(f"{len(gone)} files of the run that goes on are not there any more, such as {min(gone)!r}")
+    validation = {subject_of(file) for file in held_out}
+    known = validation | {subject_of(file) for file in training}
+    if new := sorted({subject_of(file) for file in there} - known):
+        names = ", ".join(new[:10]) + (", ..." if len(new) > 10 else "")
+        logger.warning(f"{len(new)} subjects are new since the run began, and join its training part: {names}")
+    return tuple([i for i in images if (subject_of(i["image"]) in validation) == side] for side in (False, True))
+
+
 def split_by_subject(
-    images: Sequence[dict[str, str]], val_fraction: float, seed: int
+    images: Sequence[dict[str, str]],
+    val_fraction: float,
+    seed: int,
+    kept: str | None = None,
+    data_description: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training, held-out) lists; all scans of a subject are on one side. A seeded shuffle of the subjects decides.
 
     Args:
         val_fraction: share of the subjects to hold out, in (0, 1); at least one subject is held out.
+        kept: the dataset.json of a run that goes on, whose split is kept, see `split_as_before`; None for a new run.
+        data_description: see there.
 
     Raises:
         BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
@@ -334,6 +388,10 @@ def split_by_subject(
         raise BundleError(f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1, for example 0.1")
     if not images:
         return [], []
+    if kept and os.path.isfile(kept):
+        return split_as_before(images, kept, data_description or {})
+    if kept:
+        logger.warning(f"there is no {kept!r} to say how the run that goes on was split; it is split anew")
     subjects = sorted({subject_of(item["image"]) for item in images})
     held_out = max(1, round(val_fraction * len(subjects)))
     if held_out >= len(subjects):
