@@ -60,8 +60,9 @@ def newest_whole(
             missing = [key for key in keys if key not in content]
             if missing:
                 raise BundleError(f"{path!r} lacks {missing}")
-            for key in {"network", "ema"} & set(keys):
-                check_finite(content[key], path)
+            for key in ("network", "ema"):
+                if isinstance(content.get(key), dict):
+                    check_finite(content[key], path)
         except BundleError as e:
             logger.warning(f"passed over: {e}")
             continue

@@ -176,7 +176,9 @@ def load_file(path: str, device: torch.device | str = "cpu", mmap: bool = False)
                 content = OrderedDict((name, file.get_tensor(name)) for name in file.keys())
                 content._metadata = {"description": {"json": (file.metadata() or {}).get("description")}}
             return content
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        place = torch.device(device)
+        place = "cpu" if place.type == "cpu" else place  # torch.load does not know cpu:0
+        content = torch.load(path, map_location=place, weights_only=True, mmap=mmap)
     except Exception as e:  # torch.load has many ways to fail on a damaged file
         raise BundleError(f"{path!r} cannot be read as PyTorch weights{why_unreadable(path, e)}") from e
     if not isinstance(content, dict):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from itertools import islice
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np

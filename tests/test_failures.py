@@ -63,7 +63,7 @@ def test_the_trainer_that_ships_says_what_has_failed(cohort, tmp_path, event, wh
     run = workflow("train", tmp_path, dataset_dir=str(cohort), **knobs)
     trainer = run.parser.get_parsed_content("train#trainer")
     trainer.add_event_handler(event, lambda engine: what() if engine.state.iteration == 2 else None)
-    assert len(trainer._event_handlers[Events.EXCEPTION_RAISED]) == 1  # Ignite calls the first that raises, and no other
+    assert len(trainer._event_handlers[Events.EXCEPTION_RAISED]) == 1  # Ignite calls the first that raises
     error = ended(run.run)
     assert type(error) is kind
     with pytest.raises(kind, match=words):

@@ -17,13 +17,14 @@ from monai.bundle import ConfigParser
 from monai.handlers import CheckpointLoader
 from test_datasets import preprocessing
 
-from scripts.checkpoints import begin_with, checkpoints_in, load_file, newest_whole
+from scripts.checkpoints import begin_with, checkpoints_in, newest_whole
 from scripts.classes import check_classes
 from scripts.datalist import find_images, readable
 from scripts.datasets import VolumeDataset
 from scripts.errors import BundleError, root_bundle_error
 from scripts.evaluation import slug
 from scripts.features import read_state_dict
+from scripts.weights import load_file
 
 MARK = "PATIENT_X"
 

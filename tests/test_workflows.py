@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train
 from monai.bundle import ConfigParser
 
-from scripts.checkpoints import load_weights
+from scripts.weights import load_weights
 
 
 def losses(output):

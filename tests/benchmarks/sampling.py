@@ -44,7 +44,7 @@ from common import (
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDPMScheduler
 
-from scripts.checkpoints import load_weights
+from scripts.weights import load_weights
 
 TOLERANCE = 0.02
 PLAIN, AMP, AUTHORS, OURS, DEFAULT = "MONAI float32", "MONAI amp", "med-ddpm", "ours", "ours, default solver"
