@@ -10,11 +10,11 @@ from torch import nn
 from scripts import checkpoints
 
 
-def setup(folder, resume=False, interval=2, iterations=6, network=None):
+def setup(folder, resume=False, interval=2, iterations=6, network=None, rate=0.1):
     """An engine that adds 1 to a single weight each iteration, with the handlers of the bundle."""
     network = network or nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     ema = checkpoints.RampedEMAHandler(network, copy.deepcopy(network).requires_grad_(False), momentum=0.01)
     sampler = SimpleNamespace(iteration=0)
 
@@ -69,6 +69,37 @@ def test_a_resumed_run_has_all_of_the_earlier_ones_state(tmp_path):
     assert all(torch.equal(state[0][key], state[1][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "as in version 0.4"])
+@pytest.mark.parametrize(
+    "of_checkpoint, given, used, words",
+    [
+        (0.1, 0.1, 0.1, ""),
+        (0.1, 0.3, 0.3, "learning_rate: 0.3 from here on, in place of 0.1"),
+        (0.1, 0.05, 0.05, "learning_rate: 0.05 from here on, in place of 0.1"),
+        (0.025, 0.1, 0.025, "learning_rate: 0.025 of the checkpoint goes on, to which surges of the loss have lowered"),
+        (0.025, 0.03, 0.03, "learning_rate: 0.03 from here on, in place of 0.025"),
+    ],
+)
+def test_a_learning_rate_that_is_given_is_used_and_one_that_a_surge_lowered_goes_on(
+    tmp_path, caplog, noted, of_checkpoint, given, used, words
+):
+    """The run began with 0.1; `test_resume.py` has it in the trainer that ships."""
+    setup(tmp_path, iterations=4).run()
+    path = tmp_path / "checkpoint_00000004.pt"
+    content = torch.load(path, weights_only=True)
+    (group,) = content["optimizer"]["param_groups"]
+    assert group["initial_lr"] == 0.1
+    group["lr"] = of_checkpoint
+    if not noted:
+        del group["initial_lr"]
+    torch.save(content, path)
+    for _ in range(2):  # what is used is written into the next checkpoint, and goes on from there
+        resumed = setup(tmp_path, resume=True, rate=given)
+        resumed.run()
+        assert resumed.optimizer.param_groups[0]["lr"] == used
+    assert (words in caplog.text) if words else "learning_rate" not in caplog.text
+
+
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", None])
 def test_a_torn_checkpoint_is_passed_over_with_its_name(tmp_path, caplog, damage):
     setup(tmp_path, iterations=4).run()
@@ -78,6 +109,23 @@ def test_a_torn_checkpoint_is_passed_over_with_its_name(tmp_path, caplog, damage
     resumed.run()
     assert resumed.sampler.iteration == 2
     assert "checkpoint_00000004.pt" in caplog.text
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(tmp_path, caplog):
+    setup(tmp_path, iterations=4).run()
+    newest = tmp_path / "checkpoint_00000004.pt"
+    content = torch.load(newest, weights_only=True)
+    content["network"]["weight"][:] = float("nan")
+    torch.save(content, newest)
+    resumed = setup(tmp_path, resume=True, iterations=4)
+    resumed.run()
+    assert resumed.sampler.iteration == 2
+    assert "checkpoint_00000004.pt' holds NaN or infinite weights in 1 of 1 tensors (weight)" in caplog.text
+
+
+def test_a_checkpoint_is_loaded_to_any_name_of_the_device(tmp_path):
+    setup(tmp_path, iterations=4).run()
+    assert checkpoints.newest_whole(str(tmp_path), ("ema",), torch.device("cpu", 0))[0]["iteration"] == 4
 
 
 def test_a_fresh_run_sets_the_earlier_one_aside(tmp_path):
@@ -108,13 +156,22 @@ def test_the_average_follows_the_weights_first_and_then_lags():
     assert momenta == pytest.approx([1, 0.5, 9 / 99, 0.01, 0.01])
 
 
-def test_the_average_is_the_closed_form(tmp_path):
-    run = setup(tmp_path, iterations=5, interval=100)
-    weights = []
-    run.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: weights.append(run.network.weight.item()))
-    run.run()
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 4])
+def test_the_average_is_the_closed_form_of_the_steps(accumulation_steps):
+    network, ema = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False).requires_grad_(False)
+    weights, averages = [], []
+
+    def step(engine, batch):
+        network.weight.data += (engine.state.iteration % accumulation_steps == 0) * torch.randn(1, 1)
+
+    engine = Engine(step)
+    checkpoints.RampedEMAHandler(network, ema, 0.3, accumulation_steps).attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: weights.append(network.weight.item()))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: averages.append(ema.weight.item()))
+    engine.run([0] * 12 * accumulation_steps)
     expected = 0.0
-    for k, weight in enumerate(weights, 1):
-        momentum = max(0.01, 9 / (8 + k))
+    for k, weight in enumerate(weights[accumulation_steps - 1 :: accumulation_steps], 1):
+        momentum = max(0.3, 9 / (8 + k))
         expected = (1 - momentum) * expected + momentum * weight
-    assert run.ema.ema_model.weight.item() == pytest.approx(expected, rel=1e-5)
+        found = averages[accumulation_steps * k - 1 : accumulation_steps * (k + 1) - 1]
+        assert found == pytest.approx([expected] * len(found), rel=1e-4)

@@ -4,14 +4,12 @@ All in this process, in the trainer that train.json builds.
 """
 
 import json
-import logging
 import shutil
 
 import nibabel as nib
 import pytest
 import torch
 from conftest import ROOT, workflow
-from ignite.engine import Events
 
 from scripts.datalist import subject_of
 from scripts.errors import root_bundle_error
@@ -39,7 +37,7 @@ MAY_CHANGE = {
     "device": "cpu:0",
     "class_table": None,
     "class_dropout": 0.5,
-    "learning_rate": 0.5,
+    "learning_rate": 0.002,
     "batch_size": 1,
     "max_iterations": 8,
     "time_limit": 60,
@@ -148,8 +146,8 @@ def test_a_run_goes_on_with_all_that_may_change(copied, scans, caplog):
     knobs = {"dataset_dir": str(scans), "val_fraction": 0.3, "resume": True, **MAY_CHANGE, "num_workers": 0}
     workflow("train", copied, **knobs).run()
     newest = torch.load(copied / "models/checkpoint_00000008.pt", weights_only=True)
-    assert newest["iteration"] == 8 and newest["optimizer"]["param_groups"][0]["lr"] == 0.5
-    assert "learning_rate: 0.5 from here on, in place of 0.001" in caplog.text
+    assert newest["iteration"] == 8 and newest["optimizer"]["param_groups"][0]["lr"] == 0.002
+    assert "learning_rate: 0.002 from here on, in place of 0.001" in caplog.text
 
 
 def test_a_checkpoint_of_version_04_is_compared_with_its_model_json(copied, scans):
@@ -213,47 +211,6 @@ def test_a_new_run_is_split_anew(copied, scans):
     assert up_to_the_training(copied, scans, resume=False, seed=3, val_fraction=0.5) is None
     going_on = workflow("train", copied, dataset_dir=str(scans), seed=3, val_fraction=0.5)
     assert len(going_on.parser.get_parsed_content("split")[1]) == 3 != len(before[1])
-
-
-# the learning rate
-
-
-def resumed_rate(output, scans, caplog, **knobs):
-    """The learning rate that a resumed training steps with, and what is said of it."""
-    knobs = {"dataset_dir": str(scans), "val_fraction": 0.3, "resume": True, "max_iterations": 7} | knobs
-    going_on = workflow("train", output, **knobs, checkpoint_interval=7, val_interval=7, preview_interval=7)
-    optimizer, rates = going_on.parser.get_parsed_content("optimizer"), []
-    trainer = going_on.parser.get_parsed_content("train#trainer")
-    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: rates.append(optimizer.param_groups[0]["lr"]))
-    with caplog.at_level(logging.WARNING):
-        caplog.clear()
-        going_on.run()
-    said = [record.message for record in caplog.records if record.message.startswith("learning_rate")]
-    return rates, said
-
-
-@pytest.mark.parametrize("noted", [True, False], ids=["noted", "as in version 0.4"])
-def test_a_learning_rate_that_is_given_is_used_and_one_that_a_surge_lowered_goes_on(copied, scans, caplog, noted):
-    def lower(factor):
-        path = copied / "models/checkpoint_00000006.pt"
-        content = torch.load(path, weights_only=True)
-        for group in content["optimizer"]["param_groups"]:
-            group["lr"] *= factor
-            if not noted:
-                group.pop("initial_lr", None)
-        torch.save(content, path)
-
-    def rate(**knobs):
-        (copied / "models/checkpoint_00000007.pt").unlink(missing_ok=True)
-        return resumed_rate(copied, scans, caplog, **knobs)
-
-    lower(1)
-    assert rate() == ([0.001], [])
-    assert rate(learning_rate=0.03) == ([0.03], ["learning_rate: 0.03 from here on, in place of 0.001"])
-    lower(0.25)
-    ((found,), (said,)) = rate()
-    assert found == 0.00025 and said.startswith("learning_rate: 0.00025 of the checkpoint goes on, to which surges")
-    assert rate(learning_rate=0.0001)[0] == [0.0001]
 
 
 # what an average spans
