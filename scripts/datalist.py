@@ -359,12 +359,12 @@ def split_as_before(
         )
     if gone := (training | held_out) - there:
         logger.warning(f"{len(gone)} files of the run that goes on are not there any more, such as {min(gone)!r}")
-    validation = {subject_of(file) for file in held_out}
-    known = validation | {subject_of(file) for file in training}
-    if new := sorted({subject_of(file) for file in there} - known):
+    subjects = {file: subject_of(file) for file in there | training | held_out}  # a new visit goes with the others
+    validation = {subjects[file] for file in held_out}
+    if new := sorted({subjects[file] for file in there} - {subjects[file] for file in training | held_out}):
         names = ", ".join(new[:10]) + (", ..." if len(new) > 10 else "")
         logger.warning(f"{len(new)} subjects are new since the run began, and join its training part: {names}")
-    return tuple([i for i in images if (subject_of(i["image"]) in validation) == side] for side in (False, True))
+    return tuple([i for i in images if (subjects[i["image"]] in validation) == side] for side in (False, True))
 
 
 def split_by_subject(
