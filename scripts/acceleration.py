@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.checks import switch
 from scripts.errors import BundleError
+from scripts.networks import unet_of
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -45,7 +46,7 @@ def checkpointed(network: nn.Module, activation_checkpointing: str | Sequence[in
 
     Args:
         network: a `DiffusionModelUNet`; its blocks are changed in place.
-        activation_checkpointing: "none", "all", or a list of levels, 0 for the one of full resolution.
+        activation_checkpointing: "none", "all", or a list of levels of the U-Net, 0 for its finest.
 
     Raises:
         BundleError: neither of these words, or a level that the network does not have.
@@ -100,7 +101,7 @@ def prepared(
     """A network on its device, made ready to run fast; the same object, with the same state dict.
 
     Args:
-        network: a `DiffusionModelUNet`, or a module such as `DiffusionSampler` whose `unet` is one.
+        network: a `DiffusionModelUNet`, or a module such as `WaveletUNet` or `DiffusionSampler` with one inside.
         channels_last: store weights, and so activations, with the channels innermost.
         compile: false, true, or one of COMPILE_MODES.
         activation_checkpointing: see `checkpointed`.
@@ -116,7 +117,7 @@ def prepared(
         except BundleError as e:
             raise BundleError(f"compile: {compile!r} was given; it must be true, false or in {COMPILE_MODES}") from e
     network = network.to(device)
-    unet = getattr(network, "unet", network)
+    unet = unet_of(network)
     if switch(channels_last=channels_last):
         dims = next(p.ndim for p in unet.parameters() if p.ndim in (4, 5))
         unet.to(memory_format=torch.channels_last if dims == 4 else torch.channels_last_3d)

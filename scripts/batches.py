@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from monai.engines import DiffusionPrepareBatch
 from monai.networks.schedulers import RFlowScheduler, Scheduler
 from monai.utils import unsqueeze_right
 
-from scripts.diffusion import check_prediction_type, levels_at, target
+from scripts.diffusion import check_prediction_type, levels_at, target, timestep_at, training_timesteps
+from scripts.errors import BundleError
+
+TIMESTEP_SAMPLINGS = ("uniform", "balanced", "lognormal")
 
 
 class SeededPrepareBatch(DiffusionPrepareBatch):
@@ -24,8 +29,13 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         scheduler: the MONAI scheduler that holds `alphas_cumprod`.
         prediction_type: what the network predicts, see `scripts.diffusion`.
         seed: of all noise.
-        num_strata: 0 draws timesteps uniformly from [0, T) (training). n > 0 draws the timestep of draw d from the
-            (d mod n)-th of n equal parts of [0, T), so that validation covers all of them.
+        timestep_sampling: how timesteps are drawn, with the noise-to-signal ratio sigma = s / a:
+            "uniform": from [0, T) (Ho et al. 2020, Algorithm 1), or as an `RFlowScheduler` says;
+            "balanced": half of the draws so, the other half uniformly in log sigma up to `sigma_max`;
+            "lognormal": log sigma ~ N(-1.2, 1.2^2) (Karras et al. 2022, table 1).
+        sigma_max: of "balanced"; None for the noisiest timestep with any signal.
+        num_strata: n > 0 draws the timestep of draw d uniformly from the (d mod n)-th of n equal parts of [0, T), so
+            that validation covers all of them; `timestep_sampling` does not count then.
         class_names: None for a network without classes; else each item has a "class_label".
         class_dropout: probability that a draw loses its label: it becomes "no class", len(class_names), so that the
             network learns both (Ho & Salimans 2022, Algorithm 1).
@@ -36,6 +46,8 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         scheduler: Scheduler,
         prediction_type: str,
         seed: int = 0,
+        timestep_sampling: str = "uniform",
+        sigma_max: float | None = None,
         num_strata: int = 0,
         class_names: Sequence[str] | None = None,
         class_dropout: float = 0.0,
@@ -44,19 +56,49 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         check_prediction_type(prediction_type)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
         self.class_names, self.class_dropout = class_names, class_dropout
+        self.timestep_sampling = timestep_sampling
+        if timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise BundleError(
+                f"timestep_sampling: {timestep_sampling!r} is unknown; it must be one of {TIMESTEP_SAMPLINGS}"
+            )
+        a, s = levels_at(scheduler, training_timesteps(scheduler))
+        sigmas = (s / a)[a > 0]
+        self.sigma_range = float(sigmas[0]), min(float(sigmas[-1]), sigma_max or float("inf"))
 
     def draw(self, draw: int, shape: torch.Size, device: torch.device) -> tuple[float, torch.Tensor]:
         """(timestep, noise of `shape` on `device`) of one sample; the timestep of rectified flow need not be whole."""
         state = np.random.SeedSequence([self.seed, draw, 0]).generate_state(2, np.uint64)
         u = state[0] / 2.0**64
         if self.num_strata:
-            u = (draw % self.num_strata + u) / self.num_strata
-        if isinstance(self.scheduler, RFlowScheduler):
-            timestep = self.rectified_flow_timestep(u)
+            timestep = self.uniform_timestep((draw % self.num_strata + u) / self.num_strata)
         else:
-            timestep = min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
+            timestep = self.timestep(u)
         generator = torch.Generator(device).manual_seed(int(state[1]))
         return timestep, torch.randn(shape, generator=generator, device=device)
+
+    def timestep(self, u: float) -> float:
+        """The u-quantile, in (0, 1), of the timesteps that `timestep_sampling` names (of a half of "balanced")."""
+        low, high = self.sigma_range
+        if self.timestep_sampling == "uniform":
+            return self.uniform_timestep(u)
+        if self.timestep_sampling == "lognormal":
+            return self.timestep_of(math.exp(-1.2 + 1.2 * NormalDist().inv_cdf(min(max(u, 1e-12), 1 - 1e-12))))
+        return self.uniform_timestep(2 * u) if u < 0.5 else self.timestep_of(low * (high / low) ** (2 * u - 1))
+
+    def timestep_of(self, sigma: float) -> float:
+        """The timestep at which s / a is nearest to `sigma`; a fraction where the scheduler takes one."""
+        a = torch.tensor(1 / math.hypot(1, sigma), dtype=torch.float64)
+        timestep = float(timestep_at(self.scheduler, a, sigma * a))
+        rectified_flow = isinstance(self.scheduler, RFlowScheduler)
+        if rectified_flow and not self.scheduler.use_discrete_timesteps:
+            return timestep
+        return min(max(round(timestep), int(rectified_flow)), self.num_train_timesteps - int(not rectified_flow))
+
+    def uniform_timestep(self, u: float) -> float:
+        """The u-quantile of all timesteps, or of those that an `RFlowScheduler` names."""
+        if isinstance(self.scheduler, RFlowScheduler):
+            return self.rectified_flow_timestep(u)
+        return min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
 
     def rectified_flow_timestep(self, u: float) -> float:
         """The u-quantile of the distribution of timesteps that an `RFlowScheduler` names: uniform or logit-normal."""

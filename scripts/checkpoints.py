@@ -21,6 +21,8 @@ from scripts.distributed import note_launch, started_anew
 from scripts.errors import BundleError
 from scripts.files import save_tensors, set_aside, write_atomically, write_text
 from scripts.intervals import IntervalHandler
+from scripts.networks import unet_of
+from scripts.wavelets import bands_of, grown
 from scripts.weights import (
     DESCRIBING,
     PATTERN,
@@ -32,6 +34,7 @@ from scripts.weights import (
     labelled,
     load_file,
     load_weights,
+    read_state_dict,
     save_weights,
 )
 
@@ -73,15 +76,55 @@ def newest_whole(
 def begin_with(
     ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, expected: Mapping[str, Any] | None = None
 ) -> None:
-    """Let a training begin with the weights of a file instead of random ones (fine-tuning); None changes nothing.
+    """Let a training begin with the weights of a file instead of random ones; None changes nothing.
 
-    The file may come from a training of another `spatial_shape`: the network is convolutional. See `load_weights`.
+    Fine-tuning: the file may come from a training of another `spatial_shape`, since the network is convolutional.
+    Growing: it may come from a network of fewer wavelet levels and coarser voxels, see `grow`.
+
+    Args:
+        ckpt_path, expected: see `load_weights`.
+        network, ema_network: receive the weights.
     """
-    if ckpt_path is not None:
-        fixed = {key: value for key, value in (expected or {}).items() if DESCRIBING[key].fixed}
-        load_weights(network, ckpt_path, expected=fixed)
-        ema_network.load_state_dict(network.state_dict())
-        logger.info(f"training begins with the weights of {ckpt_path}")
+    if ckpt_path is None:
+        return
+    if getattr(unet_of(network), "in_channels", 0) > bands_in(ckpt_path) > 0:
+        grow(ckpt_path, network, expected or {})
+    else:
+        load_weights(network, ckpt_path, expected={k: v for k, v in (expected or {}).items() if DESCRIBING[k].fixed})
+    ema_network.load_state_dict(network.state_dict())
+    logger.info(f"training begins with the weights of {ckpt_path}")
+
+
+def bands_in(ckpt_path: str) -> int:
+    """How many channels the network of a file takes; 0 where there is none that says so."""
+    return bands_of(read_state_dict(ckpt_path)) if os.path.isfile(ckpt_path) else 0
+
+
+def grow(ckpt_path: str, network: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Load the weights of a coarse network into a `WaveletUNet` of more levels, whose volumes begin as the coarse ones.
+
+    The coarse network may predict anything at any schedule: `WaveletUNet` was told which (`coarse_process`).
+
+    Raises:
+        BundleError: the coarse volumes are not of the side of the new ones' means, or the networks differ otherwise.
+    """
+    unet, description, spatial_shape = unet_of(network), described(ckpt_path), expected["spatial_shape"]
+    levels = round(math.log2(unet.in_channels / bands_in(ckpt_path)) / len(spatial_shape))
+    coarse, wanted = description.get("spatial_shape"), [side // 2**levels for side in spatial_shape]
+    if coarse not in (None, wanted):
+        right = [side * 2**levels for side in coarse]
+        raise BundleError(
+            f"init_ckpt: {ckpt_path!r} was trained on volumes of {coarse}; with {levels} more of wavelet_levels it can "
+            f"be grown to {right}, but spatial_shape is {list(spatial_shape)}"
+        )
+    same = {key: value for key, value in expected.items() if DESCRIBING[key].of_unet}
+    check_described(description, same, ckpt_path)
+    state_dict = read_state_dict(ckpt_path)
+    check_finite(state_dict, ckpt_path)
+    weights = grown(state_dict, unet.in_channels)
+    check_fits(network, weights, ckpt_path)
+    network.load_state_dict(weights)
+    logger.info(f"grown from {coarse or 'coarser volumes'} to {list(spatial_shape)}")
 
 
 class RampedEMAHandler(EMAHandler):
@@ -95,9 +138,17 @@ class RampedEMAHandler(EMAHandler):
         ema_model: a copy of it, without gradients, that other parts of a config can refer to.
         momentum: share of the newest weights, in (0, 1).
         accumulation_steps: iterations a step of the optimizer; the weights, and so the average, change with a step.
+        load_path: not for this handler: train.json looks it up, and MONAI Label gives one in its place.
     """
 
-    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float, accumulation_steps: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ema_model: nn.Module,
+        momentum: float,
+        accumulation_steps: int = 1,
+        load_path: str | None = None,
+    ) -> None:
         super().__init__(model, momentum)
         self.ema_model, self.accumulation_steps = ema_model, accumulation_steps
 

@@ -68,8 +68,11 @@ def check_network(
     attention_levels: Sequence[bool],
     num_head_channels: Sequence[int] | int,
     norm_num_groups: int,
+    wavelet_levels: int = 0,
 ) -> None:
-    """The sizes of a `DiffusionModelUNet` fit each other and the volume."""
+    """The sizes of a `DiffusionModelUNet`, in `wavelet_levels` of wavelets, fit each other and the volume."""
+    if wavelet_levels not in (0, 1, 2) or isinstance(wavelet_levels, bool):
+        raise BundleError(f"wavelet_levels: {wavelet_levels!r} was given; it must be 0, 1 or 2")
     if isinstance(num_head_channels, int):
         num_head_channels = [num_head_channels] * len(channels)
     for key, value in (("spatial_shape", spatial_shape), ("channels", channels)):
@@ -78,13 +81,15 @@ def check_network(
     for key, value in (("attention_levels", attention_levels), ("num_head_channels", num_head_channels)):
         if len(value) != len(channels):
             raise BundleError(f"{key}: {list(value)} has {len(value)} entries, but channels has {len(channels)} levels")
-    factor = 2 ** (len(channels) - 1)
+    factor = 2 ** (wavelet_levels + len(channels) - 1)
     for side in spatial_shape:
         if side % factor:
             near = f"{side // factor * factor} or {(side // factor + 1) * factor}" if side > factor else factor
             raise BundleError(
                 f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a "
-                f"network of {len(channels)} levels (key channels) needs; {near} would be right, or fewer levels"
+                f"network of {len(channels)} levels (key channels)"
+                + (f" in {wavelet_levels} of wavelets" if wavelet_levels else "")
+                + f" needs; {near} would be right, or fewer levels"
             )
     for width in channels:
         if width % norm_num_groups:
@@ -159,7 +164,7 @@ def amp_dtype(
             CPU; else one of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
         device: where the network runs.
         spatial_shape: of the volumes to train on; nothing where only the forward pass is needed, which is right.
-        levels: of the network, each of half the sides.
+        levels: of the network, and of wavelets around it, each of half the sides.
     """
     device = torch.device(device)
     choices = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -50,6 +50,33 @@ def training_timesteps(scheduler: Scheduler) -> torch.Tensor:
     return torch.arange(first, first + scheduler.num_train_timesteps)
 
 
+def timestep_at(scheduler: Scheduler, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """The timestep, not always whole, at which a scheduler has the ratio s / a; the nearest one outside of its range.
+
+    Between two whole timesteps of a `DDPMScheduler` it is linear in log(s / a).
+
+    Args:
+        a, s: levels of one shape, float64; a may be 0.
+    """
+    if isinstance(scheduler, RFlowScheduler):
+        return scheduler.num_train_timesteps * s / (a + s)
+    return index_at(log_sigmas(scheduler).to(a.device), a, s)
+
+
+def log_sigmas(scheduler: Scheduler) -> torch.Tensor:
+    """log(s / a) of all whole timesteps, ascending: (T,) float64."""
+    a, s = levels_at(scheduler, training_timesteps(scheduler))
+    return (s / a.clamp(min=1e-12)).log()
+
+
+def index_at(known: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Where log(s / a) stands among ascending values (T,), as an index with a fraction in [0, T - 1]."""
+    wanted = (s / a.clamp(min=1e-12)).log()
+    above = (known < wanted[..., None]).sum(-1).clamp(1, known.shape[0] - 1)
+    share = (wanted - known[above - 1]) / (known[above] - known[above - 1])
+    return above - 1 + share.clamp(0, 1)
+
+
 def target(
     prediction_type: str, x0: torch.Tensor, noise: torch.Tensor, a: torch.Tensor, s: torch.Tensor
 ) -> torch.Tensor:

@@ -11,6 +11,13 @@ from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, z
 from torch import nn
 
 
+def unet_of(network: nn.Module) -> nn.Module:
+    """The U-Net inside a sampler, inside wavelets, or itself."""
+    while isinstance(getattr(network, "unet", None), nn.Module):
+        network = network.unet
+    return network
+
+
 class ConvNeXtBlock(MedNeXtBlock):
     """A ConvNeXt block that knows the time, in the place of a `DiffusionUNetResnetBlock`.
 

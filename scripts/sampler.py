@@ -24,6 +24,7 @@ from scripts.checks import is_number
 from scripts.diffusion import check_prediction_type, levels_at, sample_coefficients, training_timesteps
 from scripts.errors import BundleError
 from scripts.memory import numbers, out_of_memory
+from scripts.networks import unet_of
 from scripts.solvers import SOLVERS, visited
 
 tqdm, has_tqdm = optional_import("tqdm", name="tqdm")  # an environment made for MONAI Deploy may lack it
@@ -76,7 +77,8 @@ class DiffusionSampler(nn.Module):
         solver: one of `scripts.solvers.SOLVERS`.
         prediction_type: what the network was trained to predict, see `scripts.diffusion`.
         timestep_spacing: one of `scripts.solvers.SPACINGS`.
-        sigma_max: with "logsnr", the noise-to-signal ratio to begin at; None for the noisiest timestep.
+        sigma_max: with "logsnr", the noise-to-signal ratio to begin at; None for the noisiest timestep. With wavelets
+            it is that of the coarse volume.
         eta: scale of the noise that "ddim" (0 by default) and "dpmpp_2m_sde" (1) add on the way; None for the default.
         clip_sample: clamp the predicted x_0 to [-1, 1] at every step (as Dorjsembe et al. do).
         class_label: index of the class of all volumes where `forward` is given none; None for no class.
@@ -147,6 +149,8 @@ class DiffusionSampler(nn.Module):
             )
         timesteps = training_timesteps(scheduler)
         a, s = levels_at(scheduler, timesteps)
+        if sigma_max is not None:  # the coarse volume is to meet this ratio
+            sigma_max = sigma_max * getattr(unet, "noise_gain", 1)
         chosen = visited(a.cpu().numpy(), s.cpu().numpy(), num_inference_steps, timestep_spacing, sigma_max)
         a, s = a.cpu()[chosen], s.cpu()[chosen]
         options = {} if eta is None else {"eta": eta}
@@ -318,9 +322,11 @@ class DiffusionSampler(nn.Module):
         """
         scriptable = copy.copy(self)
         scriptable._modules = dict(self._modules)
-        conv = next(m for m in self.unet.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
-        side = 2 ** len(getattr(self.unet, "block_out_channels", (0,) * 4))
-        example = torch.randn(2, conv.in_channels, *[side] * (conv.weight.ndim - 2), device=conv.weight.device)
+        weight = next(p for p in self.unet.parameters() if p.ndim in (4, 5))
+        levels = len(getattr(unet_of(self), "block_out_channels", (0,) * 4))
+        side = 2 ** (levels + getattr(self.unet, "wavelet_levels", 0))
+        channels = getattr(self.unet, "in_channels", weight.shape[1])
+        example = torch.randn(2, channels, *[side] * (weight.ndim - 2), device=weight.device)
         embedding = torch.jit.script(diffusion_model_unet.get_timestep_embedding)
         inputs = {"x": example, "timesteps": torch.tensor([3.0, 1.0], device=example.device)}
         if self.num_class_embeds is not None:

@@ -19,6 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from scripts.errors import BundleError
 from scripts.files import save_tensors, write_atomically, write_text
+from scripts.networks import unet_of
 
 logger = logging.getLogger(__name__)
 PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
@@ -33,11 +34,14 @@ class Knob(NamedTuple):
 
     Args:
         fixed: with another value they are of no use; else a training may go on with another one, in a new run.
-        shown: the names and shapes of the tensors show it, so that nothing is to be said where it is not written down.
+        of_unet: it is of the U-Net, and so the same in a coarse network and in a finer one that is grown from it.
+        shown: the names and shapes of the tensors show it, or it only says how they were made: nothing needs to be
+            said where it is not written down.
         older: what a description stands for that was written before it had this knob.
     """
 
     fixed: bool = True
+    of_unet: bool = False
     shown: bool = False
     older: Any = Unsaid
 
@@ -47,16 +51,21 @@ class Knob(NamedTuple):
 DESCRIBING = {
     "spatial_shape": Knob(fixed=False),
     "voxel_size": Knob(fixed=False),  # mm; in training it is known once the data are, see `CheckpointHandler`
-    "network_class": Knob(older="DiffusionModelUNet"),
-    "channels": Knob(shown=True),
-    "attention_levels": Knob(shown=True),
-    "num_head_channels": Knob(),
-    "num_res_blocks": Knob(shown=True),
-    "norm_num_groups": Knob(),
+    "wavelet_levels": Knob(shown=True, older=0),
+    "coarse": Knob(older=None),
+    "detail_rms": Knob(shown=True),  # of no account without wavelets, and written down with them
+    "network_class": Knob(of_unet=True, older="DiffusionModelUNet"),
+    "channels": Knob(of_unet=True, shown=True),
+    "attention_levels": Knob(of_unet=True, shown=True),
+    "num_head_channels": Knob(of_unet=True),
+    "num_res_blocks": Knob(of_unet=True, shown=True),
+    "norm_num_groups": Knob(of_unet=True),
+    "scheduler": Knob(),  # the name of its class
     "num_train_timesteps": Knob(),
     "schedule": Knob(),
     "prediction_type": Knob(),
-    "class_names": Knob(older=None),
+    "timestep_sampling": Knob(fixed=False, shown=True, older="uniform"),  # of training alone
+    "class_names": Knob(of_unet=True, older=None),
 }
 
 
@@ -342,7 +351,7 @@ def load_weights(
     check_finite(state_dict, ckpt_path)
     strangers = [name for name in state_dict if name not in network.state_dict()]
     if strangers and all(OLD_NAMES.search(name) for name in strangers):
-        load_old(getattr(network, "unet", network), state_dict, ckpt_path)
+        load_old(unet_of(network), state_dict, ckpt_path)
     else:
         check_fits(network, state_dict, ckpt_path)
         network.load_state_dict(state_dict)
@@ -355,7 +364,7 @@ def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
     if any(name.endswith(".attn.out_proj.weight") for name in unet.state_dict()):
         raise BundleError(
             f"{path!r} was trained with monai-generative, whose attention has no output projection; give "
-            "--network_def#unet#include_fc false --network_def#unet#use_combined_linear false"
+            "--network_def#unet#unet#include_fc false --network_def#unet#unet#use_combined_linear false"
         )
     try:
         with contextlib.redirect_stdout(None):

@@ -22,6 +22,8 @@ def resolved(content, config):
         return {key: resolved(value, config) for key, value in content.items()}
     if content == "$len(@spatial_shape)":
         return len(config["spatial_shape"])
+    if content == "$2 ** (len(@spatial_shape) * @wavelet_levels)":
+        return 2 ** (len(config["spatial_shape"]) * config["wavelet_levels"])
     if content == "$len(@class_names) + 1 if @class_names else None":
         return len(METADATA["class_names"]) + 1 if METADATA["class_names"] else None
     if isinstance(content, str) and re.fullmatch(r"@\w+", content):
@@ -32,7 +34,7 @@ def resolved(content, config):
 def test_one_network_in_three_files():
     train, inference = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "inference"))
     network = resolved(train["network_def"], train)
-    assert resolved(inference["network_def"]["unet"], inference) == network == METADATA["network_def"]
+    assert resolved(inference["network_def"]["unet"]["unet"], inference) == network == METADATA["network_def"]
     assert resolved(inference["network_def"]["scheduler"], inference) == resolved(train["scheduler"], train)
     shapes = [
         METADATA["network_data_format"][side][name]["spatial_shape"]
@@ -62,21 +64,26 @@ def test_the_papers_settings_are_the_defaults():
     assert train["optimizer"]["_target_"] == "torch.optim.Adam" and train["channels"][0] == 64
 
 
-@pytest.mark.parametrize("preset, million", [("size_64", 12.8), ("wide_64", 39.0), ("size_128", 40.2)])
+@pytest.mark.parametrize(
+    "preset, million",
+    [("size_64", 12.9), ("size_128", 13.1), ("paper_64", 12.8), ("wide_64", 39.0), ("paper_128", 40.2)],
+)
 def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, million):
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / f"presets/{preset}.json")])
     network = parser.get_parsed_content("network_def")
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == million
-    side, levels = parser["spatial_shape"][0], parser["attention_levels"]
-    assert [side // 2**i for i, on in enumerate(levels) if on] == [16]
+    side, levels = parser["spatial_shape"][0] // 2 ** parser["wavelet_levels"], parser["attention_levels"]
+    attended = 8 if parser["wavelet_levels"] else 16  # the grid is that of the 32^3 network
+    assert [side // 2**i for i, on in enumerate(levels) if on] == [attended]
     level = levels.index(True)
     assert parser["num_head_channels"][level] == parser["channels"][level]  # one head
 
 
 def test_the_default_network_is_the_papers_at_half_its_side():
-    train, preset = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "presets/size_64"))
-    assert train["spatial_shape"] == [32, 32, 32] and preset == {"spatial_shape": [64, 64, 64]}
+    train, preset = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "presets/paper_64"))
+    assert train["spatial_shape"] == [32, 32, 32] and train["wavelet_levels"] == 0
+    assert preset == {"spatial_shape": [64, 64, 64], "wavelet_levels": 0}
 
 
 def test_few_subjects_are_varied_as_brains_vary(cohort):
@@ -95,6 +102,15 @@ def test_few_subjects_are_varied_as_brains_vary(cohort):
         assert 0.8 < (volume > -1).sum() / (image > -1).sum() < 1.2  # a warp of a few per cent
         mirrored = max(np.corrcoef(v.ravel(), image[0].ravel())[0, 1] for v in (volume[0], volume[0].flip(0)))
         assert mirrored > 0.75
+
+
+def test_the_medforj_preset_in_wavelets_takes_its_volumes():
+    parser = ConfigParser()
+    names = ("train", "presets/medforj", "presets/medforj_wavelets")
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in names])
+    network = parser.get_parsed_content("network#network").eval()
+    assert parser["spatial_shape"] == [192, 224, 192] and network.wavelet_levels == 1
+    assert network(torch.randn(1, 1, 32, 64, 32), torch.tensor([5.0])).shape == (1, 1, 32, 64, 32)
 
 
 def test_the_medforj_preset_is_its_network():

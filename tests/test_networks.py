@@ -126,10 +126,10 @@ def test_checkpointing_and_channels_last_give_the_same_gradients(spatial_dims):
 
 @pytest.mark.parametrize(
     "presets, dims, million",
-    [(["convnext"], 3, 4.3), (["size_128", "convnext"], 3, 12.0), (["mridiff", "convnext"], 2, 2.2)],
+    [(["convnext"], 3, 4.3), (["paper_128", "convnext"], 3, 12.0), (["mridiff", "convnext"], 2, 2.2)],
 )
 def test_the_preset_follows_others_and_serves_training_and_inference(presets, dims, million):
-    for name, key in (("train", "network_def"), ("inference", "network_def#unet")):
+    for name, key in (("train", "network_def"), ("inference", "network_def#unet#unet")):
         parser = ConfigParser()
         parser.read_config([str(ROOT / f"configs/{part}.json") for part in (name, *(f"presets/{p}" for p in presets))])
         network = parser.get_parsed_content(key)

@@ -20,6 +20,8 @@ KNOBS = KNOBS[KNOBS.index("dataset_dir") : KNOBS.index("init_description")]
 PLACES = {"dataset_dir", "output_dir", "ckpt_dir", "resume", "init_ckpt"}  # which run, of which files
 OF_WEIGHTS = {
     "spatial_shape": [16, 16, 32],
+    "wavelet_levels": 1,
+    "detail_rms": [0.2, 0.1, 0.05],
     "network_class": "scripts.networks.ConvNeXtUNet",
     "channels": [8, 16],
     "attention_levels": [False, False],
@@ -29,6 +31,7 @@ OF_WEIGHTS = {
     "num_train_timesteps": 20,
     "schedule": "linear_beta",
     "prediction_type": "sample",
+    "timestep_sampling": "balanced",
     "class_names": ["glioma", "healthy"],
 }
 OF_DATA = {"seed": 1, "val_fraction": 0.4, "mask_suffix": "_mask", "crop_margin": 0, "percentiles": [1, 99]}
@@ -41,6 +44,7 @@ MAY_CHANGE = {
     "batch_size": 1,
     "max_iterations": 8,
     "time_limit": 60,
+    "sigma_max": 80,
     "ema_momentum": 0.1,
     "amp": "float32",
     "channels_last": True,
@@ -66,7 +70,7 @@ MAY_CHANGE = {
 def test_every_knob_of_training_has_its_place():
     """A knob that is new describes weights (`scripts.weights.DESCRIBING`), or data, or may change: say which."""
     assert sorted(KNOBS) == sorted([*PLACES, *OF_WEIGHTS, *OF_DATA, *MAY_CHANGE])
-    assert set(OF_WEIGHTS) == set(DESCRIBING) - {"voxel_size"}
+    assert set(OF_WEIGHTS) == set(DESCRIBING) - {"voxel_size", "scheduler", "coarse"}  # no knobs
     data = json.loads((ROOT / "configs/train.json").read_text())["data_description"]
     assert set(data) == set(OF_DATA) | {"dataset_dir"}
 

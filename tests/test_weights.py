@@ -216,15 +216,17 @@ def test_tensors_of_another_network_are_named(tmp_path, unet):
 
 
 def test_the_list_of_what_describes_weights_is_that_of_the_configs():
-    for name, without in (("train", {"voxel_size"}), ("inference", set())):
+    for name, without in (("train", "voxel_size"), ("inference", "timestep_sampling")):
         listed = json.loads((ROOT / f"configs/{name}.json").read_text())["weights_description"]
-        assert listed == {key: f"@{key}" for key in weights.DESCRIBING if key not in without}
+        values = {key: f"@{key}" for key in weights.DESCRIBING if key != without}
+        assert listed == values | {"scheduler": "$type(@scheduler).__name__"}
 
 
 KNOWN = {
     "spatial_shape": [16, 16, 16],
     "voxel_size": [2.0, 2.0, 2.0],
     "num_head_channels": [0, 8],
+    "scheduler": "DDPMScheduler",
     "num_train_timesteps": 10,
     "schedule": "cosine",
     "prediction_type": "flow",

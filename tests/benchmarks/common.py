@@ -58,7 +58,7 @@ def options(description: str, side: int, batch: int) -> argparse.ArgumentParser:
     parser.add_argument("--channels", type=int, nargs="+", help="of the network; default: that of the config")
     parser.add_argument("--attention_levels", type=int, nargs="+", help="0 or 1 for each level")
     parser.add_argument("--num_head_channels", type=int, nargs="+", help="for each level")
-    parser.add_argument("--preset", nargs="+", default=[], help="overlays, such as configs/presets/size_128.json")
+    parser.add_argument("--preset", nargs="+", default=[], help="overlays, such as configs/presets/paper_128.json")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="knobs of the config for ours")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; the median counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

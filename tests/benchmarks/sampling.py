@@ -1,7 +1,7 @@
 """Time sampling, one network pass and a whole volume: plain MONAI, with amp, the authors' loop, and this bundle.
 
     python tests/benchmarks/sampling.py --side 64 --med_ddpm CLONE --profile --output sampling.json
-    python tests/benchmarks/sampling.py --side 128 --preset configs/presets/size_128.json --whole --also "compile=true"
+    python tests/benchmarks/sampling.py --side 128 --preset configs/presets/paper_128.json --whole --also "compile=true"
 
 "MONAI float32" is `DiffusionInferer.sample` with `DDPMScheduler`; "MONAI amp" is the same under autocast; "med-ddpm" is
 `p_sample_loop` of github.com/mobaidoctor/med-ddpm (a clone; nothing of it is here) with the same channels. "ours" is
@@ -90,7 +90,7 @@ def monais(turns: Turns, arguments) -> None:
     """(a) and (b)"""
     config = read_config("inference.json", arguments)
     total = config["num_train_timesteps"]
-    network = config.get_parsed_content("network_def#unet").to(arguments.device).eval()
+    network = config.get_parsed_content("network_def#unet#unet").to(arguments.device).eval()
     network.load_state_dict(torch.load(Path(arguments.folder) / "weights.pt"))
     scheduler = DDPMScheduler(num_train_timesteps=total, schedule=config["schedule"])
     inferer = DiffusionInferer(scheduler)
@@ -166,7 +166,7 @@ def prepare(arguments, folder: str) -> None:
     """The weights that all but the authors' network have."""
     config = read_config("inference.json", arguments)
     torch.manual_seed(0)
-    network = config.get_parsed_content("network_def#unet")
+    network = config.get_parsed_content("network_def#unet#unet")
     if arguments.weights:
         load_weights(network, arguments.weights)
     torch.save(fill_zeros(network).state_dict(), f"{folder}/weights.pt")
@@ -266,7 +266,7 @@ def main() -> None:
     print("\n" + table(header, rows))
     if result["profile"]:
         print("\nOne step:\n\n" + profile_table(result["profile"]))
-        network = read_config("inference.json", arguments).get_parsed_content("network_def#unet")
+        network = read_config("inference.json", arguments).get_parsed_content("network_def#unet#unet")
         lines, result["limit"] = limit_table(network, arguments, False, result["profile"])
         print("\n" + lines)
     write(arguments.output, result)

@@ -1,7 +1,7 @@
 """Time one training step: the plain MONAI way, the same with amp, the authors' own code, and this bundle.
 
     python tests/benchmarks/training_step.py --side 32 --batch 4 --med_ddpm CLONE --profile --output step.json
-    python tests/benchmarks/training_step.py --side 128 --batch 4 --preset configs/presets/size_128.json \\
+    python tests/benchmarks/training_step.py --side 128 --batch 4 --preset configs/presets/paper_128.json \\
         --set activation_checkpointing=all --also "compile=true" --also "keep_freed_memory=false"
 
 "MONAI float32" is `SupervisedTrainer` with `DiffusionPrepareBatch`, `DiffusionInferer` and `torch.optim.Adam` as they
