@@ -13,7 +13,7 @@ from conftest import ROOT, workflow
 
 from scripts.datalist import subject_of
 from scripts.errors import root_bundle_error
-from scripts.weights import DESCRIBING
+from scripts.weights import DESCRIBING, labelled, save_weights
 
 KNOBS = list(json.loads((ROOT / "configs/train.json").read_text()))
 KNOBS = KNOBS[KNOBS.index("dataset_dir") : KNOBS.index("init_description")]
@@ -123,7 +123,10 @@ def test_a_knob_that_describes_weights_is_refused_as_init_ckpt_refuses_it(run, s
     )
     knobs = {key: OF_WEIGHTS[key], "resume": False, "init_ckpt": str(checkpoint)}
     other = up_to_the_training(tmp_path / "new", scans, **knobs)
-    assert other == (said if DESCRIBING[key].fixed else None)
+    if key == "wavelet_levels":  # a new run would grow the network
+        assert other.startswith("init_ckpt: ") and "it can be grown to [32, 32, 32]" in other
+    else:
+        assert other == (said if DESCRIBING[key].fixed else None)
 
 
 @pytest.mark.parametrize("key", OF_DATA)
@@ -152,6 +155,22 @@ def test_a_run_goes_on_with_all_that_may_change(copied, scans, caplog):
     newest = torch.load(copied / "models/checkpoint_00000008.pt", weights_only=True)
     assert newest["iteration"] == 8 and newest["optimizer"]["param_groups"][0]["lr"] == 0.002
     assert "learning_rate: 0.002 from here on, in place of 0.001" in caplog.text
+
+
+def test_what_the_weights_predict_is_that_of_the_run_and_not_of_weights_that_lie_there(copied, scans, tmp_path):
+    """A run that began with --init_ckpt goes on without; one that is begun with --resume true, as in jobs, begins."""
+    content = torch.load(copied / "models/checkpoint_00000006.pt", weights_only=True)
+    flow = json.loads((copied / "models/model.json").read_text()) | {"prediction_type": "flow"}
+    content |= {key: labelled(content[key], flow) for key in ("network", "ema")}
+    torch.save(content, copied / "models/checkpoint_00000006.pt")
+    knobs = {"dataset_dir": str(scans), "val_fraction": 0.3, "resume": True}
+    assert workflow("train", copied, **knobs).parser.get_parsed_content("prediction_type") == "flow"
+    assert up_to_the_training(copied, scans) is None
+    assert "'sample' was given, but" in up_to_the_training(copied, scans, prediction_type="sample")
+    (tmp_path / "models").mkdir()
+    save_weights(content["ema"], flow, str(tmp_path / "models/model.pt"))
+    begun = workflow("train", tmp_path, **knobs)
+    assert begun.parser.get_parsed_content("prediction_type") == "epsilon"
 
 
 def test_a_checkpoint_of_version_04_is_compared_with_its_model_json(copied, scans):
