@@ -1,17 +1,14 @@
-"""Checkpoints of a whole training run, written atomically, and the weights that leave it."""
+"""Checkpoints of a whole training run, written atomically, the weights that leave it, and the way back into a run."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -26,9 +23,22 @@ from scripts.files import save_tensors, set_aside, write_atomically, write_text
 from scripts.intervals import IntervalHandler
 from scripts.networks import unet_of
 from scripts.wavelets import bands_of, grown
+from scripts.weights import (
+    DESCRIBING,
+    PATTERN,
+    as_json,
+    check_described,
+    check_finite,
+    check_fits,
+    described,
+    labelled,
+    load_file,
+    load_weights,
+    read_state_dict,
+    save_weights,
+)
 
 logger = logging.getLogger(__name__)
-PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
 
 
 def iteration_of(path: str) -> int:
@@ -42,38 +52,20 @@ def checkpoints_in(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(names, key=iteration_of, reverse=True)]
 
 
-def load_file(path: str, device: torch.device | str = "cpu") -> dict:
-    """Read a PyTorch file with `weights_only` (nothing in it is executed), or a safetensors file.
-
-    Raises:
-        BundleError: it is torn, of another kind, or holds something else than a dictionary.
-    """
-    try:
-        if path.endswith(".safetensors"):
-            import safetensors.torch  # here, since MONAI Label does not install it
-
-            return safetensors.torch.load_file(path, device=str(device))
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # torch.load has many ways to fail on a damaged file
-        reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
-        raise BundleError(
-            f"{path!r} cannot be read as PyTorch weights ({reason}); it may be truncated or of another kind"
-        ) from e
-    if not isinstance(content, dict):
-        raise BundleError(f"{path!r} holds a {type(content).__name__}; a state dict would be right")
-    return content
-
-
 def newest_whole(
     folder: str, keys: Sequence[str], device: torch.device | str = "cpu"
 ) -> tuple[dict, str] | tuple[None, None]:
-    """Content and path of the newest checkpoint that loads whole and has all `keys`; one that does not is warned of."""
+    """Content and path of the newest checkpoint that loads whole, has all `keys` and finite weights; others are warned
+    of."""
     for path in checkpoints_in(folder):
         try:
             content = load_file(path, device)
             missing = [key for key in keys if key not in content]
             if missing:
                 raise BundleError(f"{path!r} lacks {missing}")
+            for key in ("network", "ema"):
+                if isinstance(content.get(key), dict):
+                    check_finite(content[key], path)
         except BundleError as e:
             logger.warning(f"passed over: {e}")
             continue
@@ -81,86 +73,8 @@ def newest_whole(
     return None, None
 
 
-def check_fits(network: nn.Module, state_dict: dict, path: str) -> None:
-    """Raises BundleError, naming tensors, where a state dict does not belong to a network."""
-    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    found = {name: tuple(t.shape) if isinstance(t, torch.Tensor) else type(t) for name, t in state_dict.items()}
-    differences = [
-        f"{name}: found {found.get(name, 'nothing')}, the network has {wanted.get(name, 'nothing')}"
-        for name in [*wanted, *(name for name in found if name not in wanted)]
-        if found.get(name) != wanted.get(name)
-    ]
-    if differences:
-        more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise BundleError(
-            f"{path!r} does not belong to the network of this config: {len(differences)} tensors differ (channels, "
-            "attention_levels, num_res_blocks, class_names and so on must be those of the training):\n  "
-            + "\n  ".join(differences[:5])
-            + more
-        )
-
-
-OLD_NAMES = re.compile(r"(\.to_[qkv]|\.proj_attn|\.to_out\.0|upsampler\.conv(\.conv)?)\.(weight|bias)$")
-
-
-def read_state_dict(path: str, weights: str = "ema") -> dict[str, torch.Tensor]:
-    """The state dict of a network from any of the files that hold one.
-
-    Args:
-        path: a plain state dict; {"model": state dict}, as MedForj publishes; a checkpoint of a whole training run of
-            this bundle; or a .safetensors file.
-        weights: "ema" or "raw": which ones of a training checkpoint.
-    """
-    if weights not in ("ema", "raw"):
-        raise BundleError(f"weights: {weights!r} is unknown; it must be 'ema' or 'raw'")
-    content = load_file(path)
-    if "network" in content and "ema" in content:
-        return content["ema" if weights == "ema" else "network"]
-    return content["model"] if isinstance(content.get("model"), dict) else content
-
-
-def load_weights(network: nn.Module, ckpt_path: str, weights: str = "ema", **expected: Any) -> None:
-    """Load the weights of a file that `read_state_dict` can read into a network.
-
-    A state dict of a `monai-generative` 0.2 network is translated by MONAI's `load_old_state_dict`.
-
-    Args:
-        network: receives the weights, on its own device and in its own type; a `DiffusionSampler` passes them on.
-        ckpt_path: the file; a JSON file of the same name beside it, which training writes, is compared with `expected`.
-        weights: "ema" or "raw", for a checkpoint of a whole training run.
-        expected: knobs that must be as they were in training, such as prediction_type="epsilon".
-
-    Raises:
-        BundleError: no such file (says how to make one), torn, of another network, or trained with other knobs.
-    """
-    if not os.path.isfile(ckpt_path):
-        raise BundleError(
-            f"ckpt_path: there are no weights at {ckpt_path!r}. They are made by `python -m monai.bundle run training "
-            "--config_file configs/train.json --dataset_dir YOUR_SCANS`, or, as a small demonstration, by the first "
-            "command of README.md; --ckpt_path names other ones"
-        )
-    check_described(ckpt_path, expected)
-    state_dict = read_state_dict(ckpt_path, weights)
-    strangers = [name for name in state_dict if name not in network.state_dict()]
-    if strangers and all(OLD_NAMES.search(name) for name in strangers):
-        load_old(unet_of(network), state_dict, ckpt_path)
-        return
-    check_fits(network, state_dict, ckpt_path)
-    network.load_state_dict(state_dict)
-
-
-def check_described(ckpt_path: str, expected: dict[str, Any]) -> None:
-    """Raises BundleError where knobs are not as they were in the training of a file, as far as that is known."""
-    for key, value in described(ckpt_path).items():
-        if key in expected and expected[key] != value:
-            raise BundleError(
-                f"{key}: {expected[key]!r} was given, but {ckpt_path!r} was trained with {value!r}; give the same "
-                "(or the preset that was used for training)"
-            )
-
-
 def begin_with(
-    ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, spatial_shape: Sequence[int], **expected: Any
+    ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, expected: Mapping[str, Any] | None = None
 ) -> None:
     """Let a training begin with the weights of a file instead of random ones; None changes nothing.
 
@@ -170,14 +84,13 @@ def begin_with(
     Args:
         ckpt_path, expected: see `load_weights`.
         network, ema_network: receive the weights.
-        spatial_shape: of the training to be.
     """
     if ckpt_path is None:
         return
     if getattr(unet_of(network), "in_channels", 0) > bands_in(ckpt_path) > 0:
-        grow(ckpt_path, network, spatial_shape, **expected)
+        grow(ckpt_path, network, expected or {})
     else:
-        load_weights(network, ckpt_path, **expected)
+        load_weights(network, ckpt_path, expected={k: v for k, v in (expected or {}).items() if DESCRIBING[k].fixed})
     ema_network.load_state_dict(network.state_dict())
     logger.info(f"training begins with the weights of {ckpt_path}")
 
@@ -187,7 +100,7 @@ def bands_in(ckpt_path: str) -> int:
     return bands_of(read_state_dict(ckpt_path)) if os.path.isfile(ckpt_path) else 0
 
 
-def grow(ckpt_path: str, network: nn.Module, spatial_shape: Sequence[int], **expected: Any) -> None:
+def grow(ckpt_path: str, network: nn.Module, expected: Mapping[str, Any]) -> None:
     """Load the weights of a coarse network into a `WaveletUNet` of more levels, whose volumes begin as the coarse ones.
 
     The coarse network may predict anything at any schedule: `WaveletUNet` was told which (`coarse_process`).
@@ -195,7 +108,7 @@ def grow(ckpt_path: str, network: nn.Module, spatial_shape: Sequence[int], **exp
     Raises:
         BundleError: the coarse volumes are not of the side of the new ones' means, or the networks differ otherwise.
     """
-    unet, description = unet_of(network), described(ckpt_path)
+    unet, description, spatial_shape = unet_of(network), described(ckpt_path), expected["spatial_shape"]
     levels = round(math.log2(unet.in_channels / bands_in(ckpt_path)) / len(spatial_shape))
     coarse, wanted = description.get("spatial_shape"), [side // 2**levels for side in spatial_shape]
     if coarse not in (None, wanted):
@@ -204,72 +117,79 @@ def grow(ckpt_path: str, network: nn.Module, spatial_shape: Sequence[int], **exp
             f"init_ckpt: {ckpt_path!r} was trained on volumes of {coarse}; with {levels} more of wavelet_levels it can "
             f"be grown to {right}, but spatial_shape is {list(spatial_shape)}"
         )
-    check_described(ckpt_path, {key: expected[key] for key in expected.keys() & {"network_class", "class_names"}})
-    weights = grown(read_state_dict(ckpt_path), unet.in_channels)
+    same = {key: value for key, value in expected.items() if DESCRIBING[key].of_unet}
+    check_described(description, same, ckpt_path)
+    state_dict = read_state_dict(ckpt_path)
+    check_finite(state_dict, ckpt_path)
+    weights = grown(state_dict, unet.in_channels)
     check_fits(network, weights, ckpt_path)
     network.load_state_dict(weights)
     logger.info(f"grown from {coarse or 'coarser volumes'} to {list(spatial_shape)}")
 
 
-def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
-    """Load a `monai-generative` state dict into a `DiffusionModelUNet`, which must be built without the projection
-    that such a network never applied."""
-    if any(name.endswith(".attn.out_proj.weight") for name in unet.state_dict()):
-        raise BundleError(
-            f"{path!r} was trained with monai-generative, whose attention has no output projection; give "
-            "--network_def#unet#unet#include_fc false --network_def#unet#unet#use_combined_linear false"
-        )
-    try:
-        with contextlib.redirect_stdout(None):
-            unet.load_old_state_dict(dict(state_dict))
-    except (KeyError, RuntimeError) as e:
-        raise BundleError(
-            f"{path!r}, trained with monai-generative, does not belong to the network of this config: {str(e)[:300]}"
-        ) from e
-
-
-def described(ckpt_path: str | None) -> dict:
-    """What training wrote about its weights beside them; empty where there is no such file, or no weights (None).
-
-    model.pt is described by model.json, and so are the checkpoints of the same training, checkpoint_00001000.pt.
-    """
-    folder, name = os.path.split(ckpt_path or "")
-    found = PATTERN.fullmatch(name)
-    path = os.path.join(folder, "model.json" if found else os.path.splitext(name)[0] + ".json")
-    if not os.path.isfile(path):
-        return {}
-    with open(path) as file:
-        description = json.load(file)
-    return description | {"iteration": int(found.group(1))} if found else description
-
-
 class RampedEMAHandler(EMAHandler):
     """Ignite's `EMAHandler` with a momentum that starts at 1 and falls to `momentum`: max(momentum, 9 / (8 + k)).
 
-    The average then spans about the last tenth of the k iterations so far, so that the EMA weights of a short run are
-    not those of its random start. It is a function of the iteration alone, so a resumed run is exact.
+    The average then spans about the last tenth of the k steps of the optimizer so far, so that the EMA weights of a
+    short run are not those of its random start. It is a function of the iteration alone, so a resumed run is exact.
+
+    Args:
+        model: the network that is trained.
+        ema_model: a copy of it, without gradients, that other parts of a config can refer to.
+        momentum: share of the newest weights, in (0, 1).
+        accumulation_steps: iterations a step of the optimizer; the weights, and so the average, change with a step.
+        load_path: not for this handler: train.json looks it up, and MONAI Label gives one in its place.
     """
 
-    def __init__(self, model: nn.Module, ema_model: nn.Module, momentum: float, load_path: str | None = None) -> None:
-        """`ema_model` is a copy of `model`, without gradients, that other parts of a config can refer to.
-
-        `load_path` is not for this handler: train.json looks it up, and MONAI Label gives one in its place.
-        """
+    def __init__(
+        self,
+        model: nn.Module,
+        ema_model: nn.Module,
+        momentum: float,
+        accumulation_steps: int = 1,
+        load_path: str | None = None,
+    ) -> None:
         super().__init__(model, momentum)
-        self.ema_model = ema_model
+        self.ema_model, self.accumulation_steps = ema_model, accumulation_steps
 
-    def attach(self, engine: Engine, name: str = "ema_momentum", warn_if_exists: bool = False, **kwargs: Any) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.ramp, name)
-        super().attach(engine, name, warn_if_exists, **kwargs)
+    def attach(self, engine: Engine, name: str = "ema_momentum", warn_if_exists: bool = False) -> None:
+        step = Events.ITERATION_COMPLETED(every=self.accumulation_steps)
+        engine.add_event_handler(step, self.ramp, name)
+        super().attach(engine, name, warn_if_exists, step)
 
     def ramp(self, engine: Engine, name: str) -> None:
-        setattr(engine.state, name, max(self.momentum, 9 / (8 + engine.state.iteration)))
+        steps = engine.state.iteration // self.accumulation_steps
+        setattr(engine.state, name, max(self.momentum, 9 / (8 + steps)))
 
     @torch.no_grad()
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         """Ignite's update in one call for all tensors: ema += momentum (weights - ema). A U-Net has no buffers."""
         momentum = getattr(engine.state, name)
         torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), momentum)
+
+
+def checkpoint_to_resume(ckpt_dir: str, resume: bool) -> str | None:
+    """The newest checkpoint of the run that this command goes on with; None where it begins a new one. Collective.
+
+    Args:
+        ckpt_dir: where checkpoints are.
+        resume: as the knob says; a training that the same torchrun starts anew goes on too.
+    """
+    return next(iter(checkpoints_in(ckpt_dir)), None) if resume or started_anew(ckpt_dir) else None
+
+
+def check_resume(ckpt_path: str | None, expected: Mapping[str, Any]) -> None:
+    """A run goes on with the knobs that it was begun with, all of those that describe weights.
+
+    Args:
+        ckpt_path: of `checkpoint_to_resume`.
+        expected: knobs of `scripts.weights.DESCRIBING` as they are now.
+
+    Raises:
+        BundleError: names the first knob that differs.
+    """
+    if ckpt_path is not None:
+        check_described(described(ckpt_path), expected, ckpt_path, same_run=True)
 
 
 class ResumeHandler:
@@ -284,10 +204,17 @@ class ResumeHandler:
         sampler: a `DrawSampler`, told where to go on.
         resume: continue from the newest checkpoint that loads whole; a torn one is passed over with a warning. A
             training that the same torchrun starts anew does so too.
+
+    The learning rate is that of the checkpoint, which a surge may have lowered; one that was changed by the user is
+    used. To tell them apart, the optimizer's groups note the rate that was given as `initial_lr`, a key that PyTorch's
+    schedulers have too.
     """
 
     def __init__(self, ckpt_dir: str, parts: dict[str, Any], sampler: Any, resume: bool = False) -> None:
         self.ckpt_dir, self.parts, self.sampler, self.resume = ckpt_dir, parts, sampler, resume
+        for group in parts["optimizer"].param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.given = [group["initial_lr"] for group in parts["optimizer"].param_groups]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self)
@@ -315,11 +242,27 @@ class ResumeHandler:
             check_fits(self.parts[key], content[key], path)
         for key, part in self.parts.items():
             part.load_state_dict(content[key])
+        self.set_learning_rates()
         if getattr(engine, "scaler", None) is not None and content.get("scaler"):
             engine.scaler.load_state_dict(content["scaler"])
         engine.state.iteration = self.sampler.iteration = content["iteration"]
         engine.state.epoch = content["iteration"] // engine.state.epoch_length
         logger.info(f"resumed after iteration {content['iteration']} from {path}")
+
+    def set_learning_rates(self) -> None:
+        for group, given in zip(self.parts["optimizer"].param_groups, self.given, strict=True):
+            rate = group["lr"]
+            halved = given >= rate and math.log2(given / rate).is_integer()  # what surges do
+            begun_with = group.get("initial_lr", given if halved else rate)  # version 0.4 took no note
+            group["initial_lr"] = given
+            if given != begun_with:
+                group["lr"] = given
+                logger.warning(f"learning_rate: {given:g} from here on, in place of {rate:g}")
+            elif given != rate:
+                logger.warning(
+                    f"learning_rate: {rate:g} of the checkpoint goes on, to which surges of the loss have lowered "
+                    f"{given:g}; another number than that on the command line would be used"
+                )
 
     def set_aside(self) -> None:
         if idist.get_rank() != 0:
@@ -381,7 +324,7 @@ class CheckpointHandler(IntervalHandler):
         parts: {"network", "ema", "optimizer"}: what to save, each with a `state_dict`.
         interval: in iterations.
         keep: number of checkpoints to keep.
-        description: for model.json: knobs that inference needs to know.
+        description: the knobs of `scripts.weights.DESCRIBING`, for model.json and for the weights files themselves.
         records: things with a `flush`, called first: what was recorded up to a checkpoint is on the disk before it is.
     """
 
@@ -396,7 +339,7 @@ class CheckpointHandler(IntervalHandler):
     ) -> None:
         super().__init__(interval)
         self.ckpt_dir, self.parts, self.keep = ckpt_dir, parts, keep
-        self.description, self.records = description, records
+        self.description, self.records = as_json(description), records
         self.newest: int | None = None  # iteration of the newest checkpoint of this process
         self.seconds = 0.0  # that the slowest save took
 
@@ -416,6 +359,8 @@ class CheckpointHandler(IntervalHandler):
             return
         start = time.monotonic()
         content = {key: part.state_dict() for key, part in self.parts.items()}
+        for key in ("network", "ema"):
+            content[key] = labelled(content[key], self.description | {"iteration": engine.state.iteration})
         scaler = getattr(engine, "scaler", None)
         content |= {"iteration": engine.state.iteration, "scaler": scaler.state_dict() if scaler is not None else None}
         if idist.get_rank() == 0:
@@ -439,35 +384,9 @@ class CheckpointHandler(IntervalHandler):
     def save_weights(self, iteration: int, weights: dict[str, torch.Tensor]) -> None:
         """Write model.pt and model.json, which never belong to two trainings, even if a kill comes between them."""
         model = os.path.join(self.ckpt_dir, "model.pt")
-        description = {"iteration": iteration, **json.loads(json.dumps(self.description))}
+        description = {"iteration": iteration, **self.description}
         if described(model) | {"iteration": iteration} != description and os.path.exists(model):
             os.remove(model)  # of an earlier training, which `ResumeHandler` has copied
         text = json.dumps(description, indent=4) + "\n"
         write_text(os.path.join(self.ckpt_dir, "model.json"), text)
-        write_atomically(model, lambda path: save_tensors(weights, path))
-
-
-def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
-    """Write the weights of a file that `read_state_dict` can read as a plain bfloat16 state dict, half the size.
-
-    What training wrote about them goes beside it: `path` with .json.
-
-    Args:
-        ckpt_path: where they are.
-        path: where they go, for example models/model.pt, or model.safetensors for a file of that kind.
-        weights: "ema" or "raw", for a checkpoint of a whole training run.
-    """
-    state_dict = {name: t.to(torch.bfloat16) for name, t in read_state_dict(ckpt_path, weights).items()}
-    text = json.dumps(described(ckpt_path), indent=4) + "\n"
-
-    def write(temporary: str) -> None:
-        if path.endswith(".safetensors"):
-            import safetensors.torch  # here, as in `load_file`
-
-            contiguous = {name: t.contiguous() for name, t in state_dict.items()}
-            Path(temporary).write_bytes(safetensors.torch.save(contiguous))
-        else:
-            save_tensors(state_dict, temporary)
-
-    write_atomically(path, write)
-    write_text(os.path.splitext(path)[0] + ".json", text)
+        save_weights(weights, description, model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nibabel import Nifti1Pair
@@ -283,14 +285,69 @@ def warn_of_joined(paths: Sequence[tuple[str, ...]], entities: Sequence[str | No
         logger.info(f"{apart} subjects have the number of another one, in another folder: taken as different people")
 
 
+def split_as_before(
+    images: Sequence[dict[str, str]], path: str, dataset_dir: str, data_description: Mapping[str, Any]
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The split of a run that goes on; subjects that are new join the training part, and are named.
+
+    Args:
+        path: the dataset.json of that run. Its files are known by their places below its `dataset_dir`.
+        dataset_dir: where they are now.
+        data_description: knobs as they are now, which must be those of the run.
+
+    Raises:
+        BundleError: it is not readable, the run was begun with another value of a knob, such as the seed, or none of
+            what was held out is there any more.
+    """
+    given = json.loads(json.dumps(dict(data_description), default=str))
+    try:
+        record = json.loads(Path(path).read_text())
+        then, sides = record.get("data_description", {}), [record[side] for side in ("training", "validation")]
+        then_dir = record.get("dataset_dir") or dataset_dir
+        places = [{os.path.relpath(file, then_dir) for file in files} for files in sides]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
+        raise BundleError(
+            f"{path!r} does not say how the run was split ({e}); mend it, or remove it to split anew"
+        ) from e
+    for key, value in given.items():
+        if then.get(key, value) != value:
+            raise BundleError(
+                f"{key}: {data_description[key]!r} was given, but the run that goes on was begun with {then[key]!r} "
+                f"({path!r}); give the same, or begin a new run with --init_ckpt"
+            )
+    training, held_out = ({str(Path(dataset_dir, place)) for place in of_side} for of_side in places)
+    there = {item["image"] for item in images}
+    if held_out and not held_out & there:
+        raise BundleError(
+            f"dataset_dir: {dataset_dir!r} holds none of the {len(held_out)} held-out files of the run that goes on "
+            f"({path!r}); the folder that it was begun with would be right"
+        )
+    if gone := (training | held_out) - there:
+        logger.warning(f"{len(gone)} files of the run that goes on are not there any more, such as {min(gone)!r}")
+    files = sorted(there | training | held_out)  # a new visit goes with the others
+    subjects = dict(zip(files, subjects_of([{"image": file} for file in files], dataset_dir), strict=True))
+    validation = {subjects[file] for file in held_out}
+    if new := sorted({subjects[file] for file in there} - {subjects[file] for file in training | held_out}):
+        names = ", ".join(new[:10]) + (", ..." if len(new) > 10 else "")
+        logger.warning(f"{len(new)} subjects are new since the run began, and join its training part: {names}")
+    return tuple([i for i in images if (subjects[i["image"]] in validation) == side] for side in (False, True))
+
+
 def split_by_subject(
-    images: Sequence[dict[str, str]], val_fraction: float, seed: int, dataset_dir: str | None = None
+    images: Sequence[dict[str, str]],
+    val_fraction: float,
+    seed: int,
+    dataset_dir: str | None = None,
+    kept: str | None = None,
+    data_description: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training, held-out) lists; all scans of a subject are on one side. A seeded shuffle of the subjects decides.
 
     Args:
         val_fraction: share of the subjects to hold out, in (0, 1); at least one subject is held out.
         dataset_dir: see `subjects_of`.
+        kept: the dataset.json of a run that goes on, whose split is kept, see `split_as_before`; None for a new run.
+        data_description: see there.
 
     Raises:
         BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
@@ -299,6 +356,10 @@ def split_by_subject(
         raise BundleError(f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1, for example 0.1")
     if not images:
         return [], []
+    if kept and os.path.isfile(kept):
+        return split_as_before(images, kept, dataset_dir or "", data_description or {})
+    if kept:
+        logger.warning(f"there is no {kept!r} to say how the run that goes on was split; it is split anew")
     of_images = subjects_of(images, dataset_dir)
     subjects = sorted(set(of_images))
     held_out = max(1, round(val_fraction * len(subjects)))

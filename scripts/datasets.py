@@ -14,7 +14,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -24,15 +24,14 @@ import ignite.distributed as idist
 import monai
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
 from monai.data import CacheDataset, NibabelReader, PersistentDataset
 from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
 from scripts.datalist import header_of
-from scripts.errors import BundleError, LoaderDied, root_bundle_error
-from scripts.files import write_text
+from scripts.errors import BundleError, root_bundle_error
+from scripts.files import save_tensors, system_error, write_text
 
 logger = logging.getLogger(__name__)
 CACHES = ("memory", "disk", "none")
@@ -135,13 +134,15 @@ class DiskCache(PersistentDataset):
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.{os.getpid()}@{socket.gethostname()}.partial")
         try:
             self.folder.mkdir(exist_ok=True, parents=True)
-            torch.save(content, temporary)
+            save_tensors(content, temporary)
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        except Exception as e:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            if (found := system_error(e)) is None:
+                raise
             if not self.warned:
-                logger.warning(f"cache: {str(path)!r} could not be written ({e}); going on without it")
+                logger.warning(f"cache: {str(path)!r} could not be written ({found}); going on without it")
             self.warned = True
 
 
@@ -175,31 +176,6 @@ def plain_errors() -> Iterator[None]:
         if found := root_bundle_error(e):
             raise found from None
         raise
-
-
-class LoaderErrors:
-    """Trainer handler: what goes wrong in a loader process ends the run at once with a `BundleError` of one sentence.
-
-    torch hands on an error as the text of a traceback. Where a process has died it raises RuntimeError, from a signal
-    handler and so anywhere in the main program, or what ends the connection through which a batch was on its way.
-    """
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self)
-
-    def __call__(self, engine: Engine, error: BaseException) -> None:
-        text = str(error)
-        if isinstance(error, BundleError) and text.startswith("Caught "):
-            raise BundleError(text.rsplit("BundleError: ", 1)[-1].strip()) from None
-        found = re.search(r"DataLoader worker \(pid.*(killed|exited)", text)
-        if isinstance(error, RuntimeError) and found or isinstance(error, (ConnectionError, EOFError)):
-            reason = (text.strip().splitlines() or [type(error).__name__])[0]
-            raise LoaderDied(
-                f"num_workers: a loader process has died ({reason}); if nobody stopped it, "
-                "memory ran out: fewer num_workers, `--cache disk` or a smaller batch_size would be right, and "
-                "--resume true goes on from the newest checkpoint"
-            ) from error
-        raise error
 
 
 class VolumeDataset(Dataset):
@@ -333,10 +309,12 @@ def summarise(
     path: str,
     class_names: Sequence[str] | None = None,
     dataset_dir: str | None = None,
+    data_description: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Write what was trained on (folder, counts, files, physical voxel sizes of the cubes) to a JSON file.
 
     With classes it also counts them, and a file beside it lists those of each: dataset.json has dataset_glioma.json.
+    `data_description`, the knobs that say which data they are, is for `scripts.datalist.split_as_before`.
 
     Returns:
         the median voxel size in mm, a list of spatial dims numbers; without volumes 1 mm, and no file.
@@ -351,6 +329,7 @@ def summarise(
         "voxel_size_mm": statistics,
         "training": [item["image"] for item in training.volumes.data],
         "validation": [item["image"] for item in validation.volumes.data],
+        "data_description": dict(data_description or {}),
     }
     written = {path: summary}
     for label, name in enumerate(class_names or ()):

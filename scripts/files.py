@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
     A kill can leave `<path>.partial`, which the next run overwrites or `scripts.locks.lock_folders` removes.
 
     Raises:
-        BundleError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
+        BundleError: the disk is full or the folder cannot be written; what stood at `path` before is untouched, as it
+            is where `write` raises something else, which comes out as it is.
     """
     temporary = f"{path}.partial"
     try:
@@ -30,8 +32,8 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(e, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
-            raise BundleError(f"{path!r} could not be written ({reason(e)}); earlier files are untouched") from e
+        if (found := system_error(e)) is not None:
+            raise BundleError(f"{path!r} could not be written ({found}); earlier files are untouched") from e
         raise
     flush_folder(os.path.dirname(path) or ".")
 
@@ -71,11 +73,16 @@ def save_tensors(content: Any, path: str) -> None:
         torch.save(content, file)
 
 
-def reason(error: BaseException) -> str:
-    """Why nothing could be written, in the system's words if they are somewhere in a chain of exceptions."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        link = link.__cause__ or link.__context__
-    return str(error)
+def system_error(error: BaseException) -> str | None:
+    """Why the system could not write a file, in its words, where that is what an error is about; else None.
+
+    What is raised while a file is being written may be about anything: a GPU, a result that is not right, a network.
+    """
+    if isinstance(error, ConnectionError):
+        return None
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # torch writes by itself where it is given a path, and says so by the place in its code
+    if isinstance(error, RuntimeError) and re.search(r"inline_container\.cc|PytorchStreamWriter", str(error)):
+        return str(error).splitlines()[0]
+    return None

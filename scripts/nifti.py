@@ -21,6 +21,7 @@ from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 from torch import nn
 
+from scripts.errors import BundleError
 from scripts.files import write_atomically
 from scripts.slices import save_grey
 
@@ -98,6 +99,9 @@ class SaveVolumes:
         class_names: of the network, or None.
         network: that makes them, with its weights, or None.
         settings: everything else that the voxels depend on besides seed, volume and class, as JSON.
+
+    Raises:
+        BundleError: a volume is not finite, or cannot be written.
     """
 
     def __init__(
@@ -139,6 +143,11 @@ class SaveVolumes:
             seed, volume, label = int(noise.meta["seed"]), int(noise.meta["volume"]), int(item["class_label"])
             voxels = torch.as_tensor(output["pred"])[0].cpu().numpy()
             path = self.path(seed, volume, label, voxels.ndim)
+            if bad := np.count_nonzero(~np.isfinite(voxels)):
+                raise BundleError(
+                    f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; finite weights, "
+                    "--amp float32 or another solver would be right"
+                )
             os.makedirs(os.path.dirname(path), exist_ok=True)
             description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"
             if label < len(self.class_names):

@@ -222,10 +222,12 @@ class EpochsHandler:
     def draw(self, engine: Engine) -> None:
         iterations = {epoch: epoch * engine.state.epoch_length for epoch in self.epochs}
         reached = [e for e, i in iterations.items() if i <= engine.state.iteration and os.path.exists(self.column(e))]
+        if not reached:
+            return
         columns = [png.imread(self.column(epoch)) for epoch in reached]
         width = max(8, 1.6 * len(columns))
-        rows, across = columns[0].shape[:2] if columns else (0, 1)
-        height = min(8, width / max(1, len(columns)) * rows / across)
+        rows, across = columns[0].shape[:2]
+        height = min(8, width / len(columns) * rows / across)
         figure = Figure(figsize=(width, height + 3.4), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(height + 0.4, 3))
         axes = below.subplots()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow, create_workflow
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
@@ -60,6 +63,20 @@ def sample(ckpt_path: Path, output: Path, **overrides: object) -> subprocess.Com
     """A tiny sampling run from weights of `train`."""
     places = {"config_file": "configs/inference.json", "ckpt_path": ckpt_path, "output_dir": output, "num_samples": 2}
     return run_bundle("run", **TINY_NETWORK | places | overrides)
+
+
+def workflow(kind: str, output: Path, **knobs: object) -> ConfigWorkflow:
+    """configs/train.json or inference.json, initialized in this process and not yet run, at tiny size.
+
+    The trainer that it builds is `workflow.parser.get_parsed_content("train#trainer")`.
+    """
+    tiny = {"train": TINY_TRAINING, "inference": TINY_NETWORK}[kind]
+    places = {"bundle_root": str(ROOT), "output_dir": str(output), "device": "cpu", "logging_file": False}
+    if kind == "train":
+        places["ckpt_dir"] = str(output / "models")
+    values = {key: ast.literal_eval(value) for key, value in tiny.items()} | places | knobs
+    with mock.patch.object(sys, "excepthook", sys.excepthook):
+        return create_workflow(config_file=str(ROOT / f"configs/{kind}.json"), workflow_type=kind, **values)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from torch import nn
 
 from scripts.batches import SeededPrepareBatch
-from scripts.checkpoints import load_weights
 from scripts.classes import check_classes, labels_of, with_classes
 from scripts.datalist import require
 from scripts.datasets import VolumeDataset
@@ -25,6 +24,7 @@ from scripts.errors import BundleError, root_bundle_error
 from scripts.inferers import AutocastDiffusionInferer
 from scripts.pictures import PreviewHandler, mosaic
 from scripts.sampler import DiffusionSampler
+from scripts.weights import load_weights
 
 NAMES = ["bright", "dark"]
 NO_CLASS = 2
@@ -385,7 +385,7 @@ def test_an_exported_archive_samples_the_class_that_was_asked_for(conditional, t
     parser.read_config(configs["config_file"])
     parser.update(knobs)
     eager = parser.get_parsed_content("network_def")
-    load_weights(eager, model, class_names=NAMES)
+    load_weights(eager, model, expected={"class_names": NAMES})
     noise, archive = seeded_noise(2, 1, 16, 16, 16), torch.jit.load(str(tmp_path / "model.ts"))
     assert eager.class_label == 1
     torch.testing.assert_close(archive(noise), eager(noise), atol=1e-5, rtol=0)
@@ -397,4 +397,4 @@ def test_an_exported_archive_samples_the_class_that_was_asked_for(conditional, t
         parser.get_parsed_content("network_def")
     assert "one of ['bright', 'dark']" in str(root_bundle_error(error.value))
     with pytest.raises(BundleError, match="class_names: .*'dark', 'bright'.* trained with"):
-        load_weights(eager, model, class_names=NAMES[::-1])
+        load_weights(eager, model, expected={"class_names": NAMES[::-1]})

@@ -9,21 +9,19 @@ import subprocess
 import sys
 import time
 from itertools import islice
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Compose, LoadImaged, RandFlipd, RandGaussianNoised, RandScaleIntensityd
 
 from scripts import datasets
 from scripts.datalist import find_images
-from scripts.datasets import DrawSampler, LoaderErrors, RepeatSampler, VolumeDataset, hash_of, summarise
+from scripts.datasets import DrawSampler, RepeatSampler, VolumeDataset, hash_of, summarise
 from scripts.errors import BundleError
 
 CACHES = ("memory", "disk", "none")
@@ -382,49 +380,3 @@ def test_a_file_that_has_vanished_is_named(cache, scans, tmp_path):
     gone = tmp_path / "gone.nii.gz"
     with pytest.raises(BundleError, match="gone.nii.gz' cannot be read now .there is no such file any more"):
         VolumeDataset([{"image": str(gone)}], preprocessing(), None, cache, str(tmp_path / "cache"))[0]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_torn_file_ends_a_training_with_one_sentence(num_workers, scans, tmp_path):
-    torn = tmp_path / "torn.nii.gz"
-    torn.write_bytes(Path(scans[0]["image"]).read_bytes()[:300])
-    dataset = VolumeDataset([{"image": str(torn)}], preprocessing(), None, "none")
-    engine = Engine(lambda engine, batch: None)
-    LoaderErrors().attach(engine)
-    engine.logger.setLevel("CRITICAL")
-    with pytest.raises(BundleError) as error:
-        engine.run(DataLoader(dataset, num_workers=num_workers))
-    assert str(error.value).startswith(f"'{torn}' cannot be read now (EOFError: ") and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "),
-        RuntimeError("DataLoader worker (pid(s) 4711, 4712) exited unexpectedly"),
-        ConnectionResetError(104, "Connection reset by peer"),
-        EOFError(),
-    ],
-)
-def test_a_loader_process_that_dies_is_said(error):
-    """What torch raises; tests/faults/test_data_faults.py kills a real one."""
-
-    def step(engine, batch):
-        raise error
-
-    engine = Engine(step)
-    LoaderErrors().attach(engine)
-    engine.logger.setLevel("CRITICAL")
-    with pytest.raises(BundleError, match="num_workers: a loader process has died .*; if nobody stopped it, memory"):
-        engine.run([0])
-
-
-def test_other_errors_of_a_training_stay_what_they_are():
-    def step(engine, batch):
-        raise RuntimeError("CUDA is not happy")
-
-    engine = Engine(step)
-    LoaderErrors().attach(engine)
-    engine.logger.setLevel("CRITICAL")
-    with pytest.raises(RuntimeError, match="^CUDA is not happy$"):
-        engine.run([0])

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY_NETWORK, TINY_TRAINING
 from monai.bundle import ConfigParser
 
 from scripts.sampler import DiffusionSampler
+from scripts.weights import save_weights
 
 TINY = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()}
 
@@ -78,6 +79,7 @@ def test_a_training_goes_on_from_the_weights_that_are_there(trained, cohort, tmp
     (tmp_path / "models/model.json").write_text(json.dumps(description))
     model, train = str(tmp_path / "models/model.pt"), str(ROOT / "configs/train.json")
     before = torch.load(model, weights_only=True)
+    save_weights(before, description, model)
     loader = {"_target_": "CheckpointLoader", "load_path": model, "load_dict": {"model": "$@network"}, "strict": False}
     monai.bundle.run(
         run_id=run_id,

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from ignite.engine import Engine
 
 from scripts.errors import BundleError
-from scripts.memory import OutOfMemory
 from scripts.sampler import DiffusionSampler
 
 WORDS = (
@@ -13,7 +11,6 @@ WORDS = (
     " Including non-PyTorch memory, this process has 78.08 GiB memory in use."
 )
 NUMBERS = "asked 2.50 GiB, free 1.06 GiB of 79.15 GiB"
-KNOBS = {"batch_size": 4, "spatial_shape": [128, 128, 128], "amp_dtype": None}
 
 
 class Small(torch.nn.Module):
@@ -58,35 +55,3 @@ def test_a_volume_that_does_not_fit_is_refused_with_the_numbers(unet, scheduler,
     with pytest.raises(BundleError, match=r"--batch_size 1, or --halve_batch_on_oom true") as error:
         DiffusionSampler(Small(unet, 1), scheduler, 2, halve_batch_on_oom=False)(noise)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
-
-
-def failing(error, **knobs):
-    """What comes out of a trainer whose third iteration raises an error."""
-
-    def step(engine, batch):
-        if engine.state.iteration == 3:
-            raise error
-
-    trainer = Engine(step)
-    OutOfMemory(**KNOBS | {"activation_checkpointing": "none", "accumulation_steps": 1} | knobs).attach(trainer)
-    with pytest.raises(Exception) as caught:
-        trainer.run(range(5))
-    return caught.value
-
-
-def test_training_says_what_to_change_and_does_not_name_what_is_done_already():
-    error = failing(torch.OutOfMemoryError(WORDS))
-    assert isinstance(error, BundleError)
-    said = str(error)
-    assert f"at iteration 3 of the training ({NUMBERS})" in said and "spatial_shape [128, 128, 128]" in said
-    for advice in ("--batch_size 2 --accumulation_steps 2", "--activation_checkpointing all", "--amp auto"):
-        assert advice in said
-    done = {"batch_size": 1, "activation_checkpointing": "all", "amp_dtype": torch.bfloat16, "accumulation_steps": 4}
-    said = str(failing(torch.OutOfMemoryError(WORDS), **done))
-    assert "amp bfloat16" in said and "--" not in said and "a smaller spatial_shape" in said
-
-
-def test_other_errors_and_other_words_pass():
-    error = ValueError("something else")
-    assert failing(error) is error
-    assert "(HIP out of memory)" in str(failing(torch.OutOfMemoryError("HIP out of memory. More words.")))

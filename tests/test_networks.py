@@ -11,10 +11,10 @@ from monai.bundle import ConfigParser
 from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 
 from scripts.acceleration import prepared
-from scripts.checkpoints import load_weights
 from scripts.errors import BundleError
 from scripts.networks import ConvNeXtBlock, ConvNeXtUNet
 from scripts.sampler import DiffusionSampler
+from scripts.weights import load_weights
 
 CONVNEXT = "'configs/presets/convnext.json'"
 CPU = torch.device("cpu")
@@ -149,4 +149,4 @@ def test_the_preset_trains_and_samples(cohort, tmp_path):
     with pytest.raises(
         BundleError, match="network_class: 'DiffusionModelUNet' was given.*scripts.networks.ConvNeXtUNet"
     ):
-        load_weights(small_convnext(3), str(model), network_class="DiffusionModelUNet")
+        load_weights(small_convnext(3), str(model), expected={"network_class": "DiffusionModelUNet"})

@@ -16,6 +16,7 @@ from PIL import Image
 
 from scripts.datalist import find_images
 from scripts.errors import root_bundle_error
+from scripts.sampler import DiffusionSampler
 
 TINY = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()} | {"num_inference_steps": 2}
 
@@ -178,3 +179,29 @@ def test_no_file_names_the_machine_or_the_weights_folder(sample, weights, tmp_pa
             assert not header.extensions and header["aux_file"].item() == header["db_name"].item() == b""
         for secret in ("doe", "jane", "hospital", str(tmp_path), str(ROOT)):
             assert secret.encode() not in content.lower(), (path.name, secret)
+
+
+def test_weights_that_are_not_finite_make_nothing(sample, weights, tmp_path):
+    broken = torch.load(weights / "model.pt", weights_only=True)
+    broken["out.2.conv.bias"] = torch.full((1,), float("nan"))
+    torch.save(broken, weights / "broken.pt")
+    said = sample(ckpt_path=str(weights / "broken.pt"))
+    assert said is not None and "holds NaN or infinite weights in 1 of" in said and "out.2.conv.bias" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_volume_that_is_not_finite_is_not_written(sample, tmp_path, monkeypatch):
+    make = DiffusionSampler.forward
+
+    def spoil(self, noise, *args, **kwargs):
+        volumes = make(self, noise, *args, **kwargs)
+        volumes[-1, 0, 3, 3, 3] = float("nan")
+        return volumes
+
+    assert sample(num_samples=1) is None
+    before = stamps(tmp_path / "out")
+    (tmp_path / "out/mosaic.png").unlink()
+    monkeypatch.setattr(DiffusionSampler, "forward", spoil)
+    said = sample(num_samples=2, resume=True)
+    assert "sample_seed0_volume001.nii.gz' was not written: 1 of its 4096 voxels are NaN or infinite" in said
+    assert stamps(tmp_path / "out") == before and not (tmp_path / "out/mosaic.png").exists()

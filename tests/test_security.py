@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from monai.handlers import CheckpointLoader
 from test_datasets import preprocessing
 
-from scripts.checkpoints import begin_with, checkpoints_in, load_file, newest_whole
+from scripts.checkpoints import begin_with, checkpoints_in, newest_whole
 from scripts.classes import check_classes
 from scripts.datalist import find_images
 from scripts.datasets import VolumeDataset
@@ -25,6 +25,7 @@ from scripts.errors import BundleError, root_bundle_error
 from scripts.evaluation import slug
 from scripts.features import read_state_dict
 from scripts.inspection import readable
+from scripts.weights import load_file
 
 MARK = "PATIENT_X"
 

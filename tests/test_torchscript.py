@@ -12,9 +12,9 @@ from conftest import ROOT, TINY_NETWORK, run_bundle
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, load_net_with_metadata
 
-from scripts.checkpoints import load_weights
 from scripts.errors import root_bundle_error
 from scripts.torchscript import export_torchscript
+from scripts.weights import load_weights
 
 KNOBS = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()} | {"num_inference_steps": 2}
 

@@ -13,12 +13,13 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from scipy.linalg import hadamard
 from torch import nn
 
-from scripts.checkpoints import begin_with, described, load_weights
+from scripts.checkpoints import begin_with
 from scripts.diffusion import PREDICTION_TYPES, levels_at, sample_coefficients, target
 from scripts.errors import BundleError
 from scripts.sampler import DiffusionSampler
 from scripts.solvers import SOLVERS
 from scripts.wavelets import WaveletUNet, analysed, band_sizes, coarse_process, grown, in_wavelets, synthesised
+from scripts.weights import described, load_weights
 
 COSINE = DDPMScheduler(250, schedule="cosine")
 OUTER = {
@@ -229,7 +230,7 @@ def grown_from_shipped(levels: int, scheduler, prediction_type: str) -> tuple[nn
     inner = coarse_process(description, levels, scheduler, "cosine")
     network = WaveletUNet(finer, levels, scheduler, prediction_type, inner)
     sides = [side * 2**levels for side in description["spatial_shape"]]
-    begin_with(path, network, in_wavelets(unet_of_size(description, 8**levels), 0), sides)
+    begin_with(path, network, in_wavelets(unet_of_size(description, 8**levels), 0), {"spatial_shape": sides})
     return coarse, network, description["prediction_type"]
 
 
@@ -402,7 +403,7 @@ def test_a_grown_run_goes_on_without_its_beginning(cohort, grown_run, tmp_path):
         ({"spatial_shape": "[64,64,64]", "wavelet_levels": 1}, r"can be grown to \[32, 32, 32\], but spatial_shape is"),
         ({"spatial_shape": "[30,30,30]", "wavelet_levels": 1}, "30 is not divisible by 4.* 1 of wavelets.*28 or 32"),
         ({"wavelet_levels": 3}, "wavelet_levels: 3 was given; it must be 0, 1 or 2"),
-        ({**WAVELETS, "channels": "[8,16]", "num_head_channels": "[0,16]"}, "does not belong to the network"),
+        ({**WAVELETS, "channels": "[8,16]", "num_head_channels": "[0,16]"}, "channels: .* was trained with"),
         ({**WAVELETS, "timestep_sampling": "even"}, "timestep_sampling: 'even' is unknown; it must be one of"),
     ],
 )

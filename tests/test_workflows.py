@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train
 from monai.bundle import ConfigParser
 
-from scripts.checkpoints import load_weights
+from scripts.weights import load_weights
 
 
 def losses(output):
@@ -333,7 +333,7 @@ def test_all_bad_files_are_listed_at_once_or_skipped(cohort, tmp_path):
         ({"ckpt_path": "{tmp}/torn.pt"}, ["torn.pt", "truncated"]),
         (
             {"channels": "[16,16]", "num_head_channels": "[0,16]"},
-            ["model.pt", "tensors differ", "found (8, 1, 3, 3, 3)"],
+            ["model.pt", "channels: [16, 16] was given", "trained with [8, 8]"],
         ),
         ({"solver": "euler"}, ["solver", "'euler' is unknown", "ddpm"]),
         ({"num_inference_steps": "11"}, ["num_inference_steps", "11", "from 1 to num_train_timesteps = 10"]),
