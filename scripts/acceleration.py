@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scripts.checks import switch
+from scripts.checks import COMPILE_MODES, check_knobs, switch
 from scripts.errors import BundleError
 
 logger = logging.getLogger(__name__)
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
 
@@ -108,13 +107,8 @@ def prepared(
     Raises:
         BundleError: a word that is not known.
     """
-    if compile in COMPILE_MODES:
-        mode = compile
-    else:
-        try:
-            mode = "default" if switch(compile=compile) else None
-        except BundleError as e:
-            raise BundleError(f"compile: {compile!r} was given; it must be true, false or in {COMPILE_MODES}") from e
+    check_knobs(compile=compile)
+    mode = compile if compile in COMPILE_MODES else "default" if switch(compile=compile) else None
     network = network.to(device)
     unet = getattr(network, "unet", network)
     if switch(channels_last=channels_last):

@@ -11,7 +11,8 @@ from monai.engines import DiffusionPrepareBatch
 from monai.networks.schedulers import RFlowScheduler, Scheduler
 from monai.utils import unsqueeze_right
 
-from scripts.diffusion import check_prediction_type, levels_at, target
+from scripts.checks import check_knobs
+from scripts.diffusion import levels_at, target
 
 
 class SeededPrepareBatch(DiffusionPrepareBatch):
@@ -41,7 +42,7 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         class_dropout: float = 0.0,
     ) -> None:
         super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
-        check_prediction_type(prediction_type)
+        check_knobs(prediction_type=prediction_type)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
         self.class_names, self.class_dropout = class_names, class_dropout
 

@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
+from scripts.checks import check_knobs
 from scripts.distributed import note_launch, started_anew
 from scripts.errors import BundleError
 from scripts.files import save_tensors, set_aside, write_atomically, write_text
@@ -108,8 +109,7 @@ def read_state_dict(path: str, weights: str = "ema") -> dict[str, torch.Tensor]:
             this bundle; or a .safetensors file.
         weights: "ema" or "raw": which ones of a training checkpoint.
     """
-    if weights not in ("ema", "raw"):
-        raise BundleError(f"weights: {weights!r} is unknown; it must be 'ema' or 'raw'")
+    check_knobs(weights=weights)
     content = load_file(path)
     if "network" in content and "ema" in content:
         return content["ema" if weights == "ema" else "network"]

@@ -8,36 +8,10 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Sequence
 
-from scripts.checks import is_number
+from scripts.checks import check_knobs
 from scripts.errors import BundleError
-
-LONGEST_NAME = 100  # bytes; it becomes the name of a folder and a part of dataset_<name>.json
-
-
-def check_classes(class_names: Sequence[str] | None, class_dropout: float = 0.0) -> None:
-    """Names are distinct words that can be folders and are no index; the share of dropped labels lies in [0, 1].
-
-    Raises:
-        BundleError: names the key.
-    """
-    names = class_names or []
-    usable = isinstance(names, (list, tuple)) and all(
-        isinstance(name, str)
-        and re.fullmatch(r"[^\W\d_][^/\\]*", name)
-        and name.isprintable()  # no line break, no NUL, no half of a character
-        and len(name.encode()) <= LONGEST_NAME
-        for name in names
-    )
-    if not usable or len(set(names)) < len(names):
-        raise BundleError(
-            f"class_names: {class_names!r} was given; it must be null or a list of different names, each beginning "
-            f"with a letter, without a slash and of at most {LONGEST_NAME} bytes, such as ['glioma', 'no_tumor']"
-        )
-    if not is_number(class_dropout) or not 0 <= class_dropout <= 1:
-        raise BundleError(f"class_dropout: {class_dropout!r} was given; it must be a number from 0 to 1, such as 0.1")
 
 
 def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
@@ -150,8 +124,7 @@ def labels_of(
             raise BundleError(f"class_label: {label!r} was given; it must be {known}")
     if not labels:
         raise BundleError(f"class_label: an empty list was given; it must be {known}")
-    if not is_number(guidance_scale) or not 0 <= guidance_scale < float("inf"):
-        raise BundleError(f"guidance_scale: {guidance_scale!r} was given; it must be a number, 0 or more")
+    check_knobs(guidance_scale=guidance_scale)
     if guidance_scale != 1 and set(labels) == {len(names)}:
         right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names),"
         raise BundleError(

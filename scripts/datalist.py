@@ -22,6 +22,7 @@ from nibabel.volumeutils import apply_read_scaling
 from PIL import Image
 from tqdm import tqdm
 
+from scripts.checks import check_knobs
 from scripts.errors import BundleError
 from scripts.files import write_text
 from scripts.slices import grey, is_picture
@@ -330,8 +331,7 @@ def split_by_subject(
     Raises:
         BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
     """
-    if not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
-        raise BundleError(f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1, for example 0.1")
+    check_knobs(val_fraction=val_fraction)
     if not images:
         return [], []
     subjects = sorted({subject_of(item["image"]) for item in images})

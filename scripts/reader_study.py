@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from scripts.checks import check_knobs
 from scripts.cohorts import HELD_OUT, Cohorts, named_folders
 from scripts.datalist import find_images
 from scripts.errors import BundleError
@@ -25,13 +26,6 @@ from scripts.pictures import triplanar
 logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("reader_study.html")
 KEY_COLUMNS = ["study", "image", "source", "file"]
-
-
-def check_knobs(num_images: int, seed: int) -> None:
-    """Both are whole numbers; `num_images` is 1 or more and `seed` 0 or more."""
-    for key, value, least in (("num_images", num_images, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise BundleError(f"{key}: {value!r} was given; it must be a whole number, {least} or more")
 
 
 def check_enough(volumes: Mapping[str, int], num_images: int) -> None:
@@ -53,7 +47,7 @@ def check_study(
     Raises:
         BundleError: a folder is missing or holds fewer than `num_images` files.
     """
-    check_knobs(num_images, seed)
+    check_knobs(num_images=num_images, seed=seed, max_volumes=max_volumes)
     folders = named_folders(real_dir, None, synthetic_dirs)
     folders.pop(HELD_OUT, None)
     files = {name: find_images(f) if isinstance(f, str) else f for name, f in folders.items()}
@@ -85,7 +79,7 @@ class ReaderStudy:
     """
 
     def __init__(self, cohorts: Cohorts, num_images: int = 50, seed: int = 0, output_dir: str = ".") -> None:
-        check_knobs(num_images, seed)
+        check_knobs(num_images=num_images, seed=seed)
         sources = [cohorts.real, *cohorts.synthetic]
         check_enough({cohort.name: len(cohort) for cohort in sources}, num_images)
         generator = np.random.default_rng(seed)
