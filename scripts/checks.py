@@ -90,6 +90,10 @@ def or_none(knob: Knob, meaning: str) -> Knob:
 
 SWITCH = Knob(lambda value: str(value).lower() in TRUTH, "true or false")
 PATH = Knob(lambda value: isinstance(value, (str, os.PathLike)) and bool(str(value)), "a path")
+SEED = Knob(lambda value: is_whole(value) and 0 <= value <= LARGEST_SEED, "a whole number from 0 to 2^63 - 1")
+NEW_OR_FIXED_SEED = Knob(
+    lambda value: SEED.fits(value) or is_whole(value) and value == -1, f"{SEED.right}, or -1 for a new one each time"
+)
 SIZES = listed(whole(1))
 PERCENTILES = Knob(
     lambda value: (
@@ -110,7 +114,7 @@ CLASS_NAMES = Knob(
 CLASS_LABEL = Knob(lambda value: value is None or isinstance(value, str) or whole(0).fits(value), "")
 KNOBS = {
     # what the commands share
-    "seed": Knob(lambda value: is_whole(value) and 0 <= value <= LARGEST_SEED, "a whole number from 0 to 2^63 - 1"),
+    "seed": SEED,
     "amp": word("auto", "float32", "bfloat16", "float16"),
     "channels_last": SWITCH,
     "compile": Knob(
@@ -246,7 +250,9 @@ def check_knobs(seed_may_be_new: bool = False, **knobs: Any) -> None:
     for key, value in knobs.items():
         if key == "device":
             check_device(value)
-        elif not (key == "seed" and seed_may_be_new and is_whole(value) and value == -1):
+        elif key == "seed" and seed_may_be_new:
+            check_knob(key, value, NEW_OR_FIXED_SEED)
+        else:
             check_knob(key, value, KNOBS[key])
     for check in TOGETHER:
         wanted = inspect.signature(check).parameters
