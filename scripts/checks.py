@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, prod
 from numbers import Integral, Real
 from pydoc import locate
 from typing import Any, NamedTuple
@@ -129,7 +129,7 @@ KNOBS = {
     "resume": SWITCH,
     "skip_bad_files": SWITCH,
     # the network
-    "spatial_shape": listed(whole(1), 2, 3),
+    "spatial_shape": listed(whole(2), 2, 3),  # a side of one voxel has no contrast
     "network_class": Knob(
         lambda value: isinstance(value, str) and callable(getattr(nets, value, None) or located(value)),
         "a network of MONAI, such as DiffusionModelUNet, or the full name of a class",
@@ -277,9 +277,10 @@ def check_device(device: str | torch.device) -> None:
     if not is_here(device):
         count = torch.cuda.device_count()
         found = {0: "there is no CUDA GPU here", 1: "there is one CUDA GPU here"}
+        given = str(device) if isinstance(device, torch.device) else device
         right = ", ".join([*(f"cuda:{i}" for i in range(count)), "cpu"])
         raise BundleError(
-            f"device: {str(device)!r} was given, but {found.get(count, f'there are {count} CUDA GPUs here')}; {right}, "
+            f"device: {given!r} was given, but {found.get(count, f'there are {count} CUDA GPUs here')}; {right}, "
             "or leave it out"
         )
 
@@ -311,6 +312,12 @@ def check_network(
                 f"channels: {list(channels)} was given, but {width} is not divisible by norm_num_groups = "
                 f"{norm_num_groups}; multiples of {norm_num_groups} would be right"
             )
+    if prod(side // factor for side in spatial_shape) * channels[-1] == norm_num_groups:
+        raise BundleError(
+            f"spatial_shape: {list(spatial_shape)} was given, but {len(channels)} levels (key channels) come down to "
+            "one voxel, of which each group (norm_num_groups) has one channel, and one value cannot be normalised; "
+            f"{[2 * side for side in spatial_shape]}, fewer levels or fewer groups would be right"
+        )
     for level, (width, heads) in enumerate(zip(channels, num_head_channels)):
         if (attention_levels[level] or level == len(channels) - 1) and (heads < 1 or width % heads):
             where = "the middle block has attention" if level == len(channels) - 1 else "attention_levels is true there"

@@ -17,7 +17,8 @@ from torch import nn
 
 from scripts.batches import SeededPrepareBatch
 from scripts.checkpoints import load_weights
-from scripts.classes import check_classes, labels_of, with_classes
+from scripts.checks import check_knobs
+from scripts.classes import labels_of, with_classes
 from scripts.datalist import require
 from scripts.datasets import VolumeDataset
 from scripts.diffusion import PREDICTION_TYPES
@@ -277,10 +278,10 @@ def test_a_table_that_cannot_be_used_is_refused(scans, tmp_path, text, words):
 )
 def test_class_knobs_of_training_are_checked(class_names, class_dropout, words):
     with pytest.raises(BundleError) as error:
-        check_classes(class_names, class_dropout)
+        check_knobs(class_names=class_names, class_dropout=class_dropout)
     assert all(word in str(error.value) for word in words), error.value
-    check_classes(None, 0.1)
-    check_classes(["no tumour", "Gliom_2"], 0)
+    check_knobs(class_names=None, class_dropout=0.1)
+    check_knobs(class_names=["no tumour", "Gliom_2"], class_dropout=0)
 
 
 def test_a_table_without_names_and_a_class_without_images_are_refused(scans):
