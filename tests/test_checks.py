@@ -256,3 +256,18 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys, said):
     report_plainly()
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(*[said] * bool(said)), None)
     assert capsys.readouterr().err == f"error: {said or 'stopped by Ctrl-C'}\n"
+
+
+def test_the_seed_is_set_before_the_network_is_made():
+    """Looking up the default of init_ckpt makes it, so that a check of knobs may."""
+    weights = []
+    for earlier in (1, 2):
+        torch.manual_seed(earlier)
+        parser = ConfigParser()
+        parser.read_config(str(ROOT / "configs/train.json"))
+        parser.update({key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()})
+        for i, part in enumerate(parser["initialize"]):
+            if isinstance(part, dict) and part["_target_"] in ("torch.manual_seed", "scripts.checks.check_knobs"):
+                parser.get_parsed_content(f"initialize#{i}")
+        weights.append(torch.cat([w.flatten() for w in parser.get_parsed_content("network").state_dict().values()]))
+    assert torch.equal(*weights)
