@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scripts.checks import switch
+from scripts.checks import COMPILE_MODES, check_knobs, switch
 from scripts.errors import BundleError
 from scripts.networks import unet_of
 
 logger = logging.getLogger(__name__)
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
 
@@ -109,13 +108,8 @@ def prepared(
     Raises:
         BundleError: a word that is not known.
     """
-    if compile in COMPILE_MODES:
-        mode = compile
-    else:
-        try:
-            mode = "default" if switch(compile=compile) else None
-        except BundleError as e:
-            raise BundleError(f"compile: {compile!r} was given; it must be true, false or in {COMPILE_MODES}") from e
+    check_knobs(compile=compile)
+    mode = compile if compile in COMPILE_MODES else "default" if switch(compile=compile) else None
     network = network.to(device)
     unet = unet_of(network)
     if switch(channels_last=channels_last):

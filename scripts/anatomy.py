@@ -18,7 +18,7 @@ from scipy.stats import false_discovery_control, permutation_test
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import switch
+from scripts.checks import check_knob, check_knobs, switch, whole
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.evaluation import metric_row
@@ -229,14 +229,8 @@ class Anatomy:
                 f"label_names: {label_names!r} was given; labels and names such as {{'17': 'left hippocampus'}}, or "
                 "'freesurfer', would be right"
             )
-        for key, value, smallest in (
-            ("num_permutations", num_permutations, 99),
-            ("num_resamples", num_resamples, 1),
-            ("max_volumes", max_volumes, 2),
-            ("seed", seed, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise BundleError(f"{key}: {value!r} was given; it must be a whole number, {smallest} or more")
+        check_knobs(num_permutations=num_permutations, num_resamples=num_resamples, seed=seed)
+        check_knob("max_volumes", max_volumes, whole(2))
         self.label_names = {int(label): str(name) for label, name in names.items()}
         self.relative = switch(relative=relative)
         self.num_permutations, self.num_resamples = num_permutations, num_resamples

@@ -15,7 +15,7 @@ from sklearn.metrics.pairwise import euclidean_distances
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import check_positive
+from scripts.checks import check_knobs
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.evaluation import metric_row, slug
@@ -121,15 +121,8 @@ class Appearance:
         seed: int = 0,
         memory: float = 1.0,
     ) -> None:
-        counts = {"num_shown": num_shown, "num_extremes": num_extremes, "num_resamples": num_resamples}
-        for key, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise BundleError(f"{key}: {value!r} was given; it must be a whole number, 1 or more")
-        if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 2:
-            raise BundleError(f"num_bins: {num_bins!r} was given; it must be a whole number, 2 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise BundleError(f"seed: {seed!r} was given; it must be a whole number, 0 or more")
-        check_positive(memory=memory)
+        check_knobs(num_shown=num_shown, num_extremes=num_extremes, num_bins=num_bins, num_resamples=num_resamples)
+        check_knobs(seed=seed, memory=memory)
         self.num_shown, self.num_extremes, self.num_bins = num_shown, num_extremes, num_bins
         self.num_resamples, self.seed, self.memory = num_resamples, seed, memory
         self._cohorts: Cohorts | None = None

@@ -13,10 +13,8 @@ from monai.engines import DiffusionPrepareBatch
 from monai.networks.schedulers import RFlowScheduler, Scheduler
 from monai.utils import unsqueeze_right
 
-from scripts.diffusion import check_prediction_type, levels_at, target, timestep_at, training_timesteps
-from scripts.errors import BundleError
-
-TIMESTEP_SAMPLINGS = ("uniform", "balanced", "lognormal")
+from scripts.checks import check_knobs
+from scripts.diffusion import levels_at, target, timestep_at, training_timesteps
 
 
 class SeededPrepareBatch(DiffusionPrepareBatch):
@@ -53,14 +51,11 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         class_dropout: float = 0.0,
     ) -> None:
         super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
-        check_prediction_type(prediction_type)
+        check_knobs(prediction_type=prediction_type)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
         self.class_names, self.class_dropout = class_names, class_dropout
         self.timestep_sampling = timestep_sampling
-        if timestep_sampling not in TIMESTEP_SAMPLINGS:
-            raise BundleError(
-                f"timestep_sampling: {timestep_sampling!r} is unknown; it must be one of {TIMESTEP_SAMPLINGS}"
-            )
+        check_knobs(timestep_sampling=timestep_sampling)
         a, s = levels_at(scheduler, training_timesteps(scheduler))
         sigmas = (s / a)[a > 0]
         self.sigma_range = float(sigmas[0]), min(float(sigmas[-1]), sigma_max or float("inf"))

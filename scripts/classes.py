@@ -8,46 +8,24 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Sequence
 
-from scripts.checks import is_number
+from scripts.checks import check_knobs
 from scripts.errors import BundleError
 
-LONGEST_NAME = 100  # bytes; it becomes the name of a folder and a part of dataset_<name>.json
 
-
-def check_classes(
-    class_names: Sequence[str] | None, class_dropout: float = 0.0, class_table: str | None = None
-) -> None:
-    """Names are distinct words that can be folders and are no index; the share of dropped labels lies in [0, 1]; a
-    table can be read and has no other classes.
+def check_table(class_names: Sequence[str] | None, class_table: str | None) -> None:
+    """A table of classes goes with their names, can be read, and has no other classes.
 
     Raises:
         BundleError: names the key.
     """
-    names = class_names or []
-    usable = isinstance(names, (list, tuple)) and all(
-        isinstance(name, str)
-        and re.fullmatch(r"[^\W\d_][^/\\]*", name)
-        and name.isprintable()  # no line break, no NUL, no half of a character
-        and len(name.encode()) <= LONGEST_NAME
-        for name in names
-    )
-    if not usable or len(set(names)) < len(names):
-        raise BundleError(
-            f"class_names: {class_names!r} was given; it must be null or a list of different names, each beginning "
-            f"with a letter, without a slash and of at most {LONGEST_NAME} bytes, such as ['glioma', 'no_tumor']"
-        )
-    if not is_number(class_dropout) or not 0 <= class_dropout <= 1:
-        raise BundleError(f"class_dropout: {class_dropout!r} was given; it must be a number from 0 to 1, such as 0.1")
-    if class_table is not None and not names:
+    if class_table is not None and not class_names:
         raise BundleError(
             f"class_table: {class_table!r} was given without class_names; the list of its classes would be right"
         )
     if class_table is not None:
-        read_table(class_table, names, "")
-
+        read_table(class_table, class_names, "")
 
 def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
     """{absolute path: class} of a CSV file with the columns `file` (absolute, or from `dataset_dir`) and `class`.
@@ -166,8 +144,7 @@ def labels_of(
             raise BundleError(f"class_label: {label!r} was given; it must be {known}")
     if not labels:
         raise BundleError(f"class_label: an empty list was given; it must be {known}")
-    if not is_number(guidance_scale) or not 0 <= guidance_scale < float("inf"):
-        raise BundleError(f"guidance_scale: {guidance_scale!r} was given; it must be a number, 0 or more")
+    check_knobs(guidance_scale=guidance_scale)
     if guidance_scale != 1 and set(labels) == {len(names)}:
         right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names),"
         raise BundleError(

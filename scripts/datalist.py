@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from nibabel import Nifti1Pair
 
+from scripts.checks import check_knobs
 from scripts.errors import BundleError
 from scripts.slices import OVERVIEWS, is_picture
 
@@ -352,8 +353,7 @@ def split_by_subject(
     Raises:
         BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
     """
-    if not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
-        raise BundleError(f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1, for example 0.1")
+    check_knobs(val_fraction=val_fraction)
     if not images:
         return [], []
     if kept and os.path.isfile(kept):

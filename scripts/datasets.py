@@ -29,12 +29,12 @@ from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset, Sampler
 
+from scripts.checks import check_knobs
 from scripts.datalist import header_of
 from scripts.errors import BundleError, root_bundle_error
 from scripts.files import save_tensors, system_error, write_text
 
 logger = logging.getLogger(__name__)
-CACHES = ("memory", "disk", "none")
 
 
 def without_filenames(reader: NibabelReader) -> tuple:
@@ -210,6 +210,7 @@ class VolumeDataset(Dataset):
     ) -> None:
         self.labels = [item.get("class_label") for item in data]
         data = [{key: value for key, value in item.items() if key != "class_label"} for item in data]
+        check_knobs(cache=cache)
         if cache == "memory":
             with plain_errors():
                 self.volumes: monai.data.Dataset = CacheDataset(
@@ -217,10 +218,8 @@ class VolumeDataset(Dataset):
                 )
         elif cache == "disk":
             self.volumes = DiskCache(data, transform, cache_dir)
-        elif cache == "none":
-            self.volumes = monai.data.Dataset(data, Named(transform))
         else:
-            raise BundleError(f"cache: {cache!r} is unknown; it must be one of {CACHES}")
+            self.volumes = monai.data.Dataset(data, Named(transform))
         self.random_transform = random_transform
         self.seed = seed
 

@@ -18,15 +18,9 @@ from __future__ import annotations
 import torch
 from monai.networks.schedulers import RFlowScheduler, Scheduler
 
-from scripts.errors import BundleError
+from scripts.checks import KNOBS, check_knobs
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow", "rectified_flow")
-
-
-def check_prediction_type(prediction_type: str) -> None:
-    """Raises BundleError for a word that is not in `PREDICTION_TYPES`."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise BundleError(f"prediction_type: {prediction_type!r} is unknown; it must be one of {PREDICTION_TYPES}")
+PREDICTION_TYPES = KNOBS["prediction_type"].words
 
 
 def levels_at(scheduler: Scheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +84,7 @@ def target(
     Returns:
         a tensor of x0's shape and type.
     """
-    check_prediction_type(prediction_type)
+    check_knobs(prediction_type=prediction_type)
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
@@ -107,7 +101,7 @@ def sample_coefficients(
 
     Where a < `smallest` the noise prediction says nothing about x_0 any more; a is then taken as `smallest`.
     """
-    check_prediction_type(prediction_type)
+    check_knobs(prediction_type=prediction_type)
     if prediction_type == "epsilon":
         a = a.clamp(min=smallest)
         return 1 / a, -s / a
@@ -123,7 +117,7 @@ def epsilon_coefficients(
     prediction_type: str, a: torch.Tensor, s: torch.Tensor, smallest: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(p, q) with e = p x_t + q output; where s < `smallest` (no noise left) s is taken as `smallest`."""
-    check_prediction_type(prediction_type)
+    check_knobs(prediction_type=prediction_type)
     if prediction_type == "epsilon":
         return torch.zeros_like(a), torch.ones_like(a)
     if prediction_type == "sample":

@@ -1,7 +1,7 @@
 """Several processes that work on one run, as `torchrun` starts them: one a GPU, or a few on a CPU.
 
-`join` is the first thing that the overlays `configs/multi_gpu_*.json` initialize. Everything else here also works in a
-run of one process, where nothing is shared out and nothing is waited for.
+The overlays `configs/multi_gpu_*.json` initialize `join` where the configs have `check_alone`. Everything else here
+also works in a run of one process, where nothing is shared out and nothing is waited for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from scripts.errors import BundleError, report_plainly, root_bundle_error
+from scripts.checks import check_knobs
+from scripts.errors import BundleError, root_bundle_error
 from scripts.files import write_text
 
 T = TypeVar("T")
@@ -62,13 +63,25 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(local_rank))
 
 
+def check_alone(overlay: str | None = None) -> None:
+    """Raises BundleError in one of several processes of torchrun: each would do all of the work, in the same folders.
+
+    Args:
+        overlay: the config that lets them share it; None where there is nothing to share.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" in os.environ and count > 1:
+        right = f"add {overlay!r} to config_file, or start one" if overlay else "start one"
+        raise BundleError(f"nproc_per_node: {count} processes were started by torchrun: {right}")
+
+
 def join(device: str | torch.device) -> None:
     """Make the process group (NCCL for GPUs, else gloo), let rank 0 alone talk, and let no process outlive a failure.
 
     Args:
         device: of this process.
     """
-    report_plainly()  # before torch puts "[rank0]: " before each line of it
+    check_knobs(device=device)
     device = torch.device(device)
     cuda = device.type == "cuda"
     if cuda:

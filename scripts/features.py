@@ -24,7 +24,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 from tqdm import tqdm
 
-from scripts.checks import check_positive, resolved_device
+from scripts.checks import check_knobs, resolved_device
 from scripts.distributed import gathered, in_turn, share
 from scripts.errors import BundleError
 
@@ -168,7 +168,7 @@ class MedicalNet:
         batch_size: int = 4,
         weights_key: str = "medicalnet_weights",
     ) -> None:
-        check_positive(batch_size=batch_size)
+        check_knobs(batch_size=batch_size)
         if f"resnet{depth}" not in resnet_params:
             raise BundleError(f"depth: {depth!r} was given; 10, 18, 34, 50, 101, 152 or 200 would be right")
         self.weights, self.depth, self.batch_size, self.weights_key = weights or None, depth, batch_size, weights_key
@@ -260,7 +260,7 @@ class SliceNetwork:
         batch_size: int = 32,
         weights_key: str = "slice_weights",
     ) -> None:
-        check_positive(num_slices=num_slices, batch_size=batch_size, size=1 if size is None else size)
+        check_knobs(num_slices=num_slices, batch_size=batch_size, size=size)
         if normalisation not in ("auto", *NORMALISATIONS):
             raise BundleError(
                 f"normalisation: {normalisation!r} is unknown; it must be one of {('auto', *NORMALISATIONS)}"
@@ -381,7 +381,7 @@ class PCAFeatures:
         device: str | torch.device | None = None,
         batch_size: int = 8,
     ) -> None:
-        check_positive(resolution=resolution, explained=explained, max_components=max_components, batch_size=batch_size)
+        check_knobs(resolution=resolution, explained=explained, max_components=max_components, batch_size=batch_size)
         self.resolution, self.explained, self.max_components = resolution, min(float(explained), 1.0), max_components
         self.device, self.batch_size = resolved_device(device), batch_size
 

@@ -13,7 +13,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import check_positive
+from scripts.checks import check_knobs
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.evaluation import metric_row
@@ -182,10 +182,7 @@ class Fidelity:
     def __init__(
         self, extractors: Sequence[Extractor], nearest_k: int = 5, num_resamples: int = 200, seed: int = 0
     ) -> None:
-        check_positive(nearest_k=nearest_k, num_resamples=num_resamples)
-        for key, value in (("nearest_k", nearest_k), ("num_resamples", num_resamples)):
-            if not isinstance(value, int):
-                raise BundleError(f"{key}: {value!r} was given; it must be a whole number")
+        check_knobs(nearest_k=nearest_k, num_resamples=num_resamples, seed=seed)
         names = [extractor.name for extractor in extractors]
         if not names or len(set(names)) < len(names):
             raise BundleError(f"extractors: the names {names} were given; one or more different ones would be right")

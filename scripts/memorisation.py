@@ -36,7 +36,7 @@ from matplotlib.patches import StepPatch
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import check_positive, resolved_device
+from scripts.checks import check_knobs, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.errors import BundleError
 from scripts.evaluation import metric_row, slug
@@ -235,15 +235,8 @@ class Memorisation:
                 f"similarity: {similarity!r} was given; a function of two arrays of volumes and pairs of them, such as "
                 "scripts.ms_ssim.ms_ssim_pairs, or null would be right"
             )
-        counts = {"candidates": candidates, "neighbours": neighbours, "num_worst": num_worst}
-        for key, value in (counts | {"num_resamples": num_resamples}).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise BundleError(f"{key}: {value!r} was given; it must be a whole number, 1 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise BundleError(f"seed: {seed!r} was given; it must be a whole number, 0 or more")
-        check_positive(duplicate=duplicate, memory=memory)
-        if duplicate > 1:
-            raise BundleError(f"duplicate: {duplicate!r} was given; it is a correlation and must be 1 or less")
+        check_knobs(candidates=candidates, neighbours=neighbours, num_worst=num_worst, num_resamples=num_resamples)
+        check_knobs(seed=seed, duplicate=duplicate, memory=memory)
         self.measure, self.candidates, self.duplicate = similarity, candidates, duplicate
         self.neighbours, self.num_worst, self.num_resamples, self.seed = neighbours, num_worst, num_resamples, seed
         self.device = resolved_device(device)

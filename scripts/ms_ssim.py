@@ -40,7 +40,7 @@ from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 from scripts.bootstrap import bootstrap_counts, interval
-from scripts.checks import check_positive, resolved_device
+from scripts.checks import check_knobs, resolved_device
 from scripts.cohorts import Cohort, Cohorts
 from scripts.distributed import gathered
 from scripts.errors import BundleError
@@ -408,12 +408,7 @@ class Diversity:
         unknown = [name for name in protocols if name not in PROTOCOLS]
         if isinstance(protocols, str) or not protocols or unknown or len(set(protocols)) < len(protocols):
             raise BundleError(f"protocols: {protocols!r} was given; it must be a list of some of {PROTOCOLS}")
-        for key, value in (("num_pairs", num_pairs), ("batch_size", 1 if batch_size is None else batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise BundleError(f"{key}: {value!r} was given; it must be a whole number, 1 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise BundleError(f"seed: {seed!r} was given; it must be a whole number, 0 or more")
-        check_positive(memory=memory)
+        check_knobs(num_pairs=num_pairs, batch_size=1 if batch_size is None else batch_size, seed=seed, memory=memory)
         self.protocols, self.num_pairs, self.seed = list(protocols), num_pairs, seed
         self.device = resolved_device(device)
         self.batch_size, self.memory = batch_size, memory

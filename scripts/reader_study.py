@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from scripts.checks import check_knobs
 from scripts.cohorts import Cohorts, check_enough
 from scripts.errors import BundleError
 from scripts.files import write_atomically, write_text
@@ -23,13 +24,6 @@ from scripts.pictures import triplanar
 logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("reader_study.html")
 KEY_COLUMNS = ["study", "image", "source", "file"]
-
-
-def check_knobs(num_images: int, seed: int) -> None:
-    """Both are whole numbers; `num_images` is 1 or more and `seed` 0 or more."""
-    for key, value, least in (("num_images", num_images, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise BundleError(f"{key}: {value!r} was given; it must be a whole number, {least} or more")
 
 
 def grey_png(picture: np.ndarray) -> bytes:
@@ -57,7 +51,7 @@ class ReaderStudy:
     """
 
     def __init__(self, cohorts: Cohorts, num_images: int = 50, seed: int = 0, output_dir: str = ".") -> None:
-        check_knobs(num_images, seed)
+        check_knobs(num_images=num_images, seed=seed)
         sources = [cohorts.real, *cohorts.synthetic]
         folders = {cohort.name: cohort.folder for cohort in sources}
         check_enough({cohort.name: len(cohort) for cohort in sources}, folders, num_images)

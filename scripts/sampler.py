@@ -20,8 +20,8 @@ from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_dst_type, optional_import
 from torch import nn
 
-from scripts.checks import is_number
-from scripts.diffusion import check_prediction_type, levels_at, sample_coefficients, training_timesteps
+from scripts.checks import check_knobs
+from scripts.diffusion import levels_at, sample_coefficients, training_timesteps
 from scripts.errors import BundleError
 from scripts.memory import numbers, out_of_memory
 from scripts.networks import unet_of
@@ -34,18 +34,14 @@ logger = logging.getLogger(__name__)
 def check_solver(solver: str, num_inference_steps: int, num_train_timesteps: int, eta: float | None = None) -> None:
     """Raises BundleError for an unknown solver, a number of steps that the training schedule does not have, or an `eta`
     that is below 0 or that the solver does not take."""
-    if solver not in SOLVERS:
-        raise BundleError(f"solver: {solver!r} is unknown; it must be one of {tuple(SOLVERS)}")
-    whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
-    if not whole or not 1 <= num_inference_steps <= num_train_timesteps:
+    check_knobs(solver=solver, num_inference_steps=num_inference_steps, eta=eta)
+    if num_inference_steps > num_train_timesteps:
         raise BundleError(
             f"num_inference_steps: {num_inference_steps!r} was given; it must be a whole number from 1 to "
             f"num_train_timesteps = {num_train_timesteps}"
         )
     if eta is not None and "eta" not in signature(SOLVERS[solver]).parameters:
         raise BundleError(f"eta: {eta!r} was given, but solver {solver!r} takes none; 'ddim' and 'dpmpp_2m_sde' do")
-    if eta is not None and not (is_number(eta) and eta >= 0):
-        raise BundleError(f"eta: {eta!r} was given; it must be a number from 0")
 
 
 def volume_seed(noise: torch.Tensor) -> int:
@@ -112,7 +108,7 @@ class DiffusionSampler(nn.Module):
     ) -> None:
         super().__init__()
         check_solver(solver, num_inference_steps, scheduler.num_train_timesteps, eta)
-        check_prediction_type(prediction_type)
+        check_knobs(prediction_type=prediction_type, guidance_scale=guidance_scale)
         self.with_steps = partial(
             DiffusionSampler,
             scheduler=scheduler,

@@ -16,9 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from scripts.checks import KNOBS, check_knobs
 from scripts.errors import BundleError
 
-SPACINGS = ("linspace", "trailing", "leading", "logsnr")
+SPACINGS = KNOBS["timestep_spacing"].words
 
 
 def ddim(a: np.ndarray, s: np.ndarray, eta: float = 0.0) -> np.ndarray:
@@ -113,8 +114,7 @@ def visited(
         BundleError: unknown spacing, `sigma_max` with another spacing, too few levels left for the steps.
     """
     count, n = len(a), num_inference_steps
-    if spacing not in SPACINGS:
-        raise BundleError(f"timestep_spacing: {spacing!r} is unknown; it must be one of {SPACINGS}")
+    check_knobs(timestep_spacing=spacing, sigma_max=sigma_max)
     if sigma_max is not None and spacing != "logsnr":
         raise BundleError(f"sigma_max: {sigma_max} was given with timestep_spacing {spacing!r}; it goes with 'logsnr'")
     if spacing == "linspace":

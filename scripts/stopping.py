@@ -16,8 +16,8 @@ from ignite.engine import Engine, Events
 from monai.data.utils import worker_init_fn
 
 from scripts.checkpoints import CheckpointHandler, bytes_of, checkpoints_in, iteration_of
-from scripts.checks import is_number
-from scripts.errors import BundleError, LoaderDied
+from scripts.checks import check_knobs
+from scripts.errors import LoaderDied
 
 logger = logging.getLogger(__name__)
 TIME_LIMIT = 1  # a reason to stop; the other ones are the numbers of signals, which are greater
@@ -33,8 +33,7 @@ ONE_PRESS = 1.0  # seconds in which a launcher may pass on the Ctrl-C that the t
 
 def begun(time_limit: float | None) -> float:
     """Check the knob, in minutes or None, and read the clock, monotonic in seconds, from which it counts."""
-    if time_limit is not None and not (is_number(time_limit) and time_limit > 0):
-        raise BundleError(f"time_limit: {time_limit!r} was given; it must be minutes, above 0, or None for no limit")
+    check_knobs(time_limit=time_limit)
     return time.monotonic()
 
 

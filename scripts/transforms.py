@@ -12,6 +12,7 @@ from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, SpatialPad, Transform
 from monai.utils import convert_to_dst_type
 
+from scripts.checks import check_knobs
 from scripts.errors import BundleError
 
 LEVEL = 1e-3  # of the largest value: so even is what lies around a brain that was extracted
@@ -153,8 +154,7 @@ class ScaleForegroundd(MapTransform):
         self, keys: KeysCollection, lower: float = 0.5, upper: float = 99.5, allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if not 0 <= lower < upper <= 100:
-            raise BundleError(f"percentiles: [{lower}, {upper}] was given; 0 <= lower < upper <= 100 would be right")
+        check_knobs(percentiles=[lower, upper])
         self.lower, self.upper = lower, upper
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:

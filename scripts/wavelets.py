@@ -130,8 +130,8 @@ class WaveletUNet(nn.Module):
                 f"wavelet_levels: {wavelet_levels} in {spatial_dims}D takes a network of {channels} input and output "
                 f"channels, but the U-Net has in_channels {unet.in_channels} and out_channels {unet.out_channels}"
             )
-        if len(detail_rms) < spatial_dims or not all(rms > 0 for rms in detail_rms):
-            raise BundleError(f"detail_rms: {detail_rms!r} was given; it must be {spatial_dims} numbers above 0")
+        if len(detail_rms) < spatial_dims:
+            raise BundleError(f"detail_rms: {detail_rms!r} was given; it must be {spatial_dims} numbers")
         self.unet = unet
         self.wavelet_levels, self.prediction_type = wavelet_levels, prediction_type
         self.in_channels = self.out_channels = 1

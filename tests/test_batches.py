@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 
-from scripts.batches import TIMESTEP_SAMPLINGS, SeededPrepareBatch
+from scripts.batches import SeededPrepareBatch
 from scripts.diffusion import levels_at, training_timesteps
 from scripts.errors import BundleError
 
@@ -60,6 +60,7 @@ def drawn(scheduler, sampling, sigma_max=None, count=4000):
     return torch.tensor([prepare.draw(d, torch.Size([1]), torch.device("cpu"))[0] for d in range(count)])
 
 
+TIMESTEP_SAMPLINGS = ("uniform", "balanced", "lognormal")
 SCHEDULERS = [
     DDPMScheduler(250, schedule="cosine"),
     DDPMScheduler(1000, schedule="linear_beta"),

@@ -16,7 +16,8 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from torch import nn
 
 from scripts.batches import SeededPrepareBatch
-from scripts.classes import check_classes, labels_of, with_classes
+from scripts.checks import check_knobs
+from scripts.classes import check_table, labels_of, with_classes
 from scripts.datalist import require
 from scripts.datasets import VolumeDataset
 from scripts.diffusion import PREDICTION_TYPES
@@ -277,17 +278,17 @@ def test_a_table_that_cannot_be_used_is_refused(scans, tmp_path, text, words):
 )
 def test_class_knobs_of_training_are_checked(class_names, class_dropout, words):
     with pytest.raises(BundleError) as error:
-        check_classes(class_names, class_dropout)
+        check_knobs(class_names=class_names, class_dropout=class_dropout)
     assert all(word in str(error.value) for word in words), error.value
-    check_classes(None, 0.1)
-    check_classes(["no tumour", "Gliom_2"], 0)
+    check_knobs(class_names=None, class_dropout=0.1)
+    check_knobs(class_names=["no tumour", "Gliom_2"], class_dropout=0)
 
 
 def test_a_table_without_names_and_a_class_without_images_are_refused(scans):
     with pytest.raises(BundleError, match="class_table: 'x.csv' was given without class_names"):
-        check_classes(None, 0.1, "x.csv")
+        check_table(None, "x.csv")
     with pytest.raises(BundleError, match="class_table: 'x.csv' cannot be read"):
-        check_classes(NAMES, 0.1, "x.csv")
+        check_table(NAMES, "x.csv")
     labelled = [item | {"class_label": 0} for item in scans]
     require("", labelled, ["bright"])
     with pytest.raises(BundleError, match=r"of 4 images to train on none is of \['dark'\]"):

@@ -218,7 +218,7 @@ def test_a_mask_goes_with_its_image_to_one_side():
 
 @pytest.mark.parametrize("val_fraction", [0, 1, -0.1, 1.5, 10, "0.1", None, float("nan")])
 def test_a_share_out_of_range_is_named(val_fraction):
-    with pytest.raises(BundleError, match=f"val_fraction: {val_fraction!r} was given; it must lie between 0 and 1"):
+    with pytest.raises(BundleError, match=f"val_fraction: {val_fraction!r} was given; it must be a number between 0"):
         split_by_subject(bids(), val_fraction, 0)
 
 

@@ -92,4 +92,4 @@ def test_the_targets_are_the_papers():
 
 def test_an_unknown_prediction_type_names_the_known_ones():
     with pytest.raises(BundleError, match="'noise' is unknown.*epsilon.*flow"):
-        diffusion.check_prediction_type("noise")
+        diffusion.target("noise", *[torch.ones(1)] * 4)

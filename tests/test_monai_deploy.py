@@ -72,6 +72,10 @@ def test_a_folder_that_deploy_puts_on_the_module_path_is_read_with_what_stands_b
 ):
     monkeypatch.chdir(tmp_path)  # bundle_root stays "."
     monkeypatch.syspath_prepend(str(ROOT))
+    other = tmp_path / "other"  # a folder of the module path that has a model of its own, before the bundle's
+    (other / "models").mkdir(parents=True)
+    (other / "models/model.json").write_text('{"prediction_type": "sample", "voxel_size": [9, 9, 9]}')
+    monkeypatch.setattr("sys.path", [str(other), *sys.path])
     described = json.loads((ROOT / "models/model.json").read_text())
     (tmp_path / "velocity.pt").touch()
     for knobs, expected in (({}, described), ({"ckpt_path": "velocity.pt"}, {})):

@@ -34,7 +34,14 @@ OF_WEIGHTS = {
     "timestep_sampling": "balanced",
     "class_names": ["glioma", "healthy"],
 }
-OF_DATA = {"seed": 1, "val_fraction": 0.4, "mask_suffix": "_mask", "crop_margin": 0, "percentiles": [1, 99]}
+OF_DATA = {
+    "seed": 1,
+    "val_fraction": 0.4,
+    "mask_suffix": "_mask",
+    "image_pattern": "*.gz",
+    "crop_margin": 0,
+    "percentiles": [1, 99],
+}
 MAY_CHANGE = {
     "skip_bad_files": True,
     "device": "cpu:0",

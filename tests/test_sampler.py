@@ -75,7 +75,7 @@ def test_clipping_keeps_volumes_in_range(unet, scheduler):
 
 @pytest.mark.parametrize("steps", [0, -1, 251, 2.5, True])
 def test_an_impossible_number_of_steps_is_refused(unet, scheduler, steps):
-    with pytest.raises(BundleError, match="num_inference_steps.*from 1 to num_train_timesteps = 250"):
+    with pytest.raises(BundleError, match=f"num_inference_steps: {steps} was given; it must be a whole number"):
         DiffusionSampler(unet, scheduler, steps)
 
 

@@ -18,7 +18,7 @@ from monai.handlers import CheckpointLoader
 from test_datasets import preprocessing
 
 from scripts.checkpoints import begin_with, checkpoints_in, newest_whole
-from scripts.classes import check_classes
+from scripts.checks import check_knobs
 from scripts.datalist import find_images
 from scripts.datasets import VolumeDataset
 from scripts.errors import BundleError, root_bundle_error
@@ -145,12 +145,12 @@ def said_before_sampling(ckpt_path: Path) -> str:
 )
 def test_a_class_is_no_way_out_of_the_output_folder(name):
     with pytest.raises(BundleError, match="class_names"):
-        check_classes([name])
+        check_knobs(class_names=[name])
 
 
 @pytest.mark.parametrize("name", ["glioma", "no tumor", "Gesunde Köpfe", "健康", "x" * 100])
 def test_a_class_may_have_spaces_and_any_letters(name):
-    check_classes([name])
+    check_knobs(class_names=[name])
 
 
 def test_classes_that_weights_name_are_checked_too(tmp_path):
