@@ -27,6 +27,7 @@ def check_table(class_names: Sequence[str] | None, class_table: str | None) -> N
     if class_table is not None:
         read_table(class_table, class_names, "")
 
+
 def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
     """{absolute path: class} of a CSV file with the columns `file` (absolute, or from `dataset_dir`) and `class`.
 

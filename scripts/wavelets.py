@@ -153,7 +153,7 @@ class WaveletUNet(nn.Module):
     def arithmetic(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The U-Net's own times (B,), and (B, 3, r): c_in, c_x, c_f of each band, float64, with
 
-            prediction = K^T (c_x K x_t + c_f unet(c_in K x_t, times)).
+        prediction = K^T (c_x K x_t + c_f unet(c_in K x_t, times)).
         """
         a, s = (level[:, None] for level in self.levels_at(timesteps))
         s = s.clamp(min=1e-6)  # rectified flow has a time without noise, at which its prediction has no meaning
@@ -200,9 +200,18 @@ class WaveletUNet(nn.Module):
         return self.unet.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def in_wavelets(unet: nn.Module, wavelet_levels: int, **arguments: Any) -> nn.Module:
+def in_wavelets(
+    unet: nn.Module,
+    wavelet_levels: int,
+    scheduler: Scheduler,
+    prediction_type: str,
+    coarse: dict[str, Any] | None = None,
+    detail_rms: Sequence[float] = DETAIL_RMS,
+) -> nn.Module:
     """A `WaveletUNet`, or where `wavelet_levels` is 0 the U-Net itself."""
-    return WaveletUNet(unet, wavelet_levels, **arguments) if wavelet_levels else unet
+    if not wavelet_levels:
+        return unet
+    return WaveletUNet(unet, wavelet_levels, scheduler, prediction_type, coarse, detail_rms)
 
 
 def scheduler_of(process: dict[str, Any]) -> Scheduler:

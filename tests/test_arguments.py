@@ -52,11 +52,17 @@ def said(monkeypatch, caplog):
         (["--run_id", "denoising", "--logging_file", "False"], "^$"),
         (["--seed", "$@mine + 1", "--mine", "3"], "^$"),
         (["--_meta_#version", "1.0.0"], "^$"),
-        (["--network_def#unet#chanels", "[8,8]"], "error: --network_def#unet#chanels: Diff.*'chanels'; channels"),
-        (["--network_def::unet::chanels", "[8,8]"], "error: --network_def#unet#chanels: Diff"),
-        (["--network_def#unet#include_fc", "false"], "^$"),
+        (
+            ["--network_def#unet#unet#chanels", "[8,8]"],
+            "error: --network_def#unet#unet#chanels: Diff.*'chanels'; channels",
+        ),
+        (["--network_def::unet::unet::chanels", "[8,8]"], "error: --network_def#unet#unet#chanels: Diff"),
+        (["--network_def#unet#unet#include_fc", "false"], "^$"),
         (["--network_def#solvr", "ddim"], "error: .*DiffusionSampler takes no argument 'solvr'; solver is the nearest"),
-        (["--network_class", "scripts.networks.ConvNeXtUNet", "--network_def#unet#wdth", "3"], "ConvNeXtUNet takes no"),
+        (
+            ["--network_class", "scripts.networks.ConvNeXtUNet", "--network_def#unet#unet#wdth", "3"],
+            "ConvNeXtUNet takes no",
+        ),
         (["--scheduler#_desc_", "text"], "^$"),
         (["--scheduler#clip_sampel", "true"], "^$"),  # it takes any argument: **kwargs
         (["--displayable_configs#sed", "3"], "--displayable_configs#sed: no config has this key; seed is the nearest"),

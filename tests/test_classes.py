@@ -134,7 +134,7 @@ def test_a_sampler_refuses_what_its_network_does_not_know(unet, scheduler):
 
 def test_a_label_is_dropped_with_its_probability_as_a_function_of_seed_and_draw(scheduler):
     def labels(draws, class_dropout=0.1, seed=0):
-        prepare = SeededPrepareBatch(scheduler, "epsilon", seed, 0, NAMES, class_dropout)
+        prepare = SeededPrepareBatch(scheduler, "epsilon", seed, class_names=NAMES, class_dropout=class_dropout)
         draws = torch.tensor(draws)
         batch = {"image": torch.zeros(len(draws), 1, 1), "draw": draws, "class_label": draws % 2}
         return prepare(batch, "cpu")[3]
@@ -154,7 +154,7 @@ def test_a_label_is_dropped_with_its_probability_as_a_function_of_seed_and_draw(
 
 def test_a_network_learns_which_class_is_bright():
     scheduler = DDPMScheduler(num_train_timesteps=50, schedule="cosine")
-    prepare = SeededPrepareBatch(scheduler, "sample", 0, 0, NAMES, 0.2)
+    prepare = SeededPrepareBatch(scheduler, "sample", class_names=NAMES, class_dropout=0.2)
     inferer, network = AutocastDiffusionInferer(scheduler), conditional_unet(2)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for iteration in range(120):

@@ -161,11 +161,11 @@ def test_a_dataset_json_of_another_kind_gets_a_sentence(tmp_path):
         sources_of(str(tmp_path / "other.json"), None, {"a": str(tmp_path)})
 
 
-@pytest.mark.parametrize("dataset_dir, expected", [("/home/glioma/d", "/home/glioma/d"), (None, "/home/glioma")])
+@pytest.mark.parametrize("dataset_dir, expected", [("/data/glioma/d", "/data/glioma/d"), (None, "/data/glioma")])
 def test_the_folder_of_a_training_is_that_of_its_dataset_json_or_what_all_its_files_share(
     tmp_path, dataset_dir, expected
 ):
-    files = ["/home/glioma/scans/a.nii", "/home/glioma/more/b.nii"]
+    files = ["/data/glioma/scans/a.nii", "/data/glioma/more/b.nii"]
     split = {"training": files[:1], "validation": files[1:]} | ({"dataset_dir": dataset_dir} if dataset_dir else {})
     (tmp_path / "dataset.json").write_text(json.dumps(split))
     sources = sources_of(str(tmp_path / "dataset.json"), None, str(tmp_path))

@@ -236,5 +236,3 @@ def test_no_images_are_no_error_until_they_are_required(tmp_path):
     with pytest.raises(BundleError, match="it holds no usable images; a folder with"):
         require(str(tmp_path), [])
     require(str(tmp_path / "nowhere"), bids(1))  # lists that did not come from a folder
-
-

@@ -212,7 +212,7 @@ def test_a_row_of_a_class_is_the_measure_of_its_images_alone(tmp_path):
 
 def test_a_class_is_a_folder_below_the_one_that_was_given():
     """Somebody named glioma has pictures in the folder of her name, and in folders of classes."""
-    real = images_of("data", {"glioma": 3, "healthy": 2, "": 2}, 0, folder="/home/glioma")
+    real = images_of("data", {"glioma": 3, "healthy": 2, "": 2}, 0, folder="/data/glioma")
     measure = ByClass(["glioma", "healthy"], [])
     measure.check(Cohorts(real, None, []))
     assert measure.classes["data"] == ["glioma"] * 3 + ["healthy"] * 2 + [None] * 2

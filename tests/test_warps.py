@@ -54,9 +54,7 @@ def test_a_turn_keeps_distances_though_sides_differ(shape):
     found = np.stack([places[(slice(None), *corner)] - middle for corner in corners])
     before = np.stack([corner - middle for corner in corners])
     sides = np.array(shape) / (np.array(shape) - 1)  # a side is its voxels, the grid goes from centre to centre
-    np.testing.assert_allclose(
-        np.linalg.norm(found * sides, axis=1), np.linalg.norm(before * sides, axis=1), rtol=1e-4
-    )
+    np.testing.assert_allclose(np.linalg.norm(found * sides, axis=1), np.linalg.norm(before * sides, axis=1), rtol=1e-4)
 
 
 def test_bending_has_the_asked_root_mean_square():

@@ -230,7 +230,7 @@ def grown_from_shipped(levels: int, scheduler, prediction_type: str) -> tuple[nn
     inner = coarse_process(description, levels, scheduler, "cosine")
     network = WaveletUNet(finer, levels, scheduler, prediction_type, inner)
     sides = [side * 2**levels for side in description["spatial_shape"]]
-    begin_with(path, network, in_wavelets(unet_of_size(description, 8**levels), 0), {"spatial_shape": sides})
+    begin_with(path, network, unet_of_size(description, 8**levels), {"spatial_shape": sides})
     return coarse, network, description["prediction_type"]
 
 
@@ -336,7 +336,7 @@ def test_onnx_equals_eager(outer, tmp_path):
 
 
 def test_no_levels_is_the_network_itself(unet):
-    assert in_wavelets(unet, 0) is unet
+    assert in_wavelets(unet, 0, COSINE, "epsilon") is unet
 
 
 def test_the_state_dict_is_the_u_nets_own():
