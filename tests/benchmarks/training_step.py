@@ -166,7 +166,8 @@ def authors(turns: Turns, arguments) -> None:
 
 def wdms(turns: Turns, arguments) -> None:
     """Their U-Net and an optimiser step on the bands of one level, without their transform and their files."""
-    network = wdm(arguments.wdm, read_config("train.json", arguments)).to(arguments.device)
+    network = wdm(arguments.wdm, read_config("train.json", arguments))
+    network.to(arguments.device)  # theirs returns nothing
 
     def predict(volumes: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return synthesised(network(analysed(noise, 1), timesteps), 1)
