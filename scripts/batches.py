@@ -51,12 +51,13 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         class_dropout: float = 0.0,
     ) -> None:
         super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
-        check_knobs(prediction_type=prediction_type)
+        check_knobs(prediction_type=prediction_type, timestep_sampling=timestep_sampling)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
         self.class_names, self.class_dropout = class_names, class_dropout
         self.timestep_sampling = timestep_sampling
-        check_knobs(timestep_sampling=timestep_sampling)
-        a, s = levels_at(scheduler, training_timesteps(scheduler))
+        whole = training_timesteps(scheduler)
+        self.whole_range = int(whole[0]), int(whole[-1])
+        a, s = levels_at(scheduler, whole)
         sigmas = (s / a)[a > 0]
         self.sigma_range = float(sigmas[0]), min(float(sigmas[-1]), sigma_max or float("inf"))
 
@@ -84,10 +85,10 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         """The timestep at which s / a is nearest to `sigma`; a fraction where the scheduler takes one."""
         a = torch.tensor(1 / math.hypot(1, sigma), dtype=torch.float64)
         timestep = float(timestep_at(self.scheduler, a, sigma * a))
-        rectified_flow = isinstance(self.scheduler, RFlowScheduler)
-        if rectified_flow and not self.scheduler.use_discrete_timesteps:
+        if isinstance(self.scheduler, RFlowScheduler) and not self.scheduler.use_discrete_timesteps:
             return timestep
-        return min(max(round(timestep), int(rectified_flow)), self.num_train_timesteps - int(not rectified_flow))
+        first, last = self.whole_range
+        return min(max(round(timestep), first), last)
 
     def uniform_timestep(self, u: float) -> float:
         """The u-quantile of all timesteps, or of those that an `RFlowScheduler` names."""

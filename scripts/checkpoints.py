@@ -87,29 +87,31 @@ def begin_with(
     """
     if ckpt_path is None:
         return
-    if getattr(unet_of(network), "in_channels", 0) > bands_in(ckpt_path) > 0:
-        grow(ckpt_path, network, expected or {})
+    state_dict = read_state_dict(ckpt_path) if os.path.isfile(ckpt_path) else {}
+    if getattr(unet_of(network), "in_channels", 0) > bands_of(state_dict) > 0:
+        grow(state_dict, ckpt_path, network, expected or {})
     else:
         load_weights(network, ckpt_path, expected={k: v for k, v in (expected or {}).items() if DESCRIBING[k].fixed})
     ema_network.load_state_dict(network.state_dict())
     logger.info(f"training begins with the weights of {ckpt_path}")
 
 
-def bands_in(ckpt_path: str) -> int:
-    """How many channels the network of a file takes; 0 where there is none that says so."""
-    return bands_of(read_state_dict(ckpt_path)) if os.path.isfile(ckpt_path) else 0
-
-
-def grow(ckpt_path: str, network: nn.Module, expected: Mapping[str, Any]) -> None:
-    """Load the weights of a coarse network into a `WaveletUNet` of more levels, whose volumes begin as the coarse ones.
+def grow(state_dict: dict, ckpt_path: str, network: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Load a coarse network's weights into a `WaveletUNet` of more levels, whose volumes begin as the coarse ones.
 
     The coarse network may predict anything at any schedule: `WaveletUNet` was told which (`coarse_process`).
 
     Raises:
-        BundleError: the coarse volumes are not of the side of the new ones' means, or the networks differ otherwise.
+        BundleError: nobody has written down what the coarse network predicts, its volumes are not of the side of the
+            new ones' means, its weights are not finite, or the networks differ otherwise.
     """
     unet, description, spatial_shape = unet_of(network), described(ckpt_path), expected["spatial_shape"]
-    levels = round(math.log2(unet.in_channels / bands_in(ckpt_path)) / len(spatial_shape))
+    levels = round(math.log2(unet.in_channels / bands_of(state_dict)) / len(spatial_shape))
+    if not description:
+        raise BundleError(
+            f"init_ckpt: {ckpt_path!r} does not say how it was trained, and no JSON file beside it does; a network "
+            "that is grown must know it: the model.json of that training would be right"
+        )
     coarse, wanted = description.get("spatial_shape"), [side // 2**levels for side in spatial_shape]
     if coarse not in (None, wanted):
         right = [side * 2**levels for side in coarse]
@@ -119,7 +121,6 @@ def grow(ckpt_path: str, network: nn.Module, expected: Mapping[str, Any]) -> Non
         )
     same = {key: value for key, value in expected.items() if DESCRIBING[key].of_unet}
     check_described(description, same, ckpt_path)
-    state_dict = read_state_dict(ckpt_path)
     check_finite(state_dict, ckpt_path)
     weights = grown(state_dict, unet.in_channels)
     check_fits(network, weights, ckpt_path)

@@ -238,7 +238,12 @@ def coarse_process(
     if description.get("coarse"):
         return description["coarse"]
     if description and not description.get("wavelet_levels"):
-        predicted = description.get("prediction_type", "epsilon")
+        if missing := [key for key in ("num_train_timesteps", "schedule", "prediction_type") if key not in description]:
+            raise BundleError(
+                f"init_ckpt: what is known about the coarse weights (their model.json) lacks {', '.join(missing)}; a "
+                "network that is grown must know it"
+            )
+        predicted = description["prediction_type"]
         straight = description.get("scheduler", "RFlowScheduler" if predicted == "rectified_flow" else "DDPMScheduler")
         return {
             "scheduler": straight,

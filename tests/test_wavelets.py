@@ -411,3 +411,22 @@ def test_what_cannot_be_grown_is_refused(cohort, trained, tmp_path, knobs, sente
     done = train(cohort, tmp_path, init_ckpt=trained / "models/model.pt", **knobs)
     assert done.returncode != 0 and re.search(sentence, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_coarse_network_that_nobody_has_described_is_not_grown(unet, tmp_path):
+    """It would be taken to predict v, and its volumes would be wrong in silence."""
+    network, knobs = small_wavelet_network(), {"spatial_shape": [16, 16, 16]}
+    torch.save(unet.state_dict(), tmp_path / "coarse.pt")
+    with pytest.raises(BundleError, match="coarse.pt' does not say how it was trained.*model.json of that training"):
+        begin_with(str(tmp_path / "coarse.pt"), network, small_wavelet_network(), knobs)
+    with pytest.raises(BundleError, match="lacks num_train_timesteps, schedule"):
+        coarse_process({"prediction_type": "flow"}, 1, COSINE, "cosine")
+
+
+def test_a_coarse_network_with_weights_that_are_not_finite_is_not_grown(unet, tmp_path):
+    unet.out[2].conv.bias.data.fill_(float("nan"))
+    torch.save(unet.state_dict(), tmp_path / "coarse.pt")
+    (tmp_path / "coarse.json").write_text(json.dumps(process("flow") | {"spatial_shape": [8, 8, 8]}))
+    networks, knobs = [small_wavelet_network() for _ in range(2)], {"spatial_shape": [16, 16, 16]}
+    with pytest.raises(BundleError, match=r"coarse.pt' holds NaN or infinite weights.*out\.2\.conv\.bias"):
+        begin_with(str(tmp_path / "coarse.pt"), *networks, knobs)
