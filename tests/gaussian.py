@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scripts.diffusion import levels_at, target
+from scripts.diffusion.process import levels_at, target
 
 MEAN, STD = 0.3, 0.2
 

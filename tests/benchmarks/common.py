@@ -33,9 +33,9 @@ from monai.bundle import ConfigParser  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from scripts.files import write_atomically  # noqa: E402
-from scripts.networks import unet_of  # noqa: E402
-from scripts.wavelets import grown  # noqa: E402
+from scripts.diffusion.networks import unet_of  # noqa: E402
+from scripts.diffusion.wavelets import grown  # noqa: E402
+from scripts.running.files import write_atomically  # noqa: E402
 
 PLAIN, AMP, AUTHORS, WDM, OURS = "MONAI float32", "MONAI amp", "med-ddpm", "wdm-3d", "ours"
 

@@ -26,9 +26,9 @@ from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose
 from torch.utils.data import DataLoader, RandomSampler
 
-from scripts.datalist import find_images
-from scripts.datasets import DrawSampler, VolumeDataset
-from scripts.phantoms import phantom_cohort
+from scripts.data.datasets import DrawSampler, VolumeDataset
+from scripts.data.find import find_images
+from scripts.data.phantoms import phantom_cohort
 
 TOLERANCE = 1e-3  # of values in [-1, 1]: caches hold float16
 DATASETS = {  # each with the rival that keeps volumes in the same place

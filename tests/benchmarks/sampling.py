@@ -50,7 +50,7 @@ from common import (
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDPMScheduler
 
-from scripts.weights import load_weights
+from scripts.diffusion.weights import load_weights
 
 TOLERANCE = 0.02
 DEFAULT = "ours, default solver"

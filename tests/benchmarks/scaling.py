@@ -22,7 +22,7 @@ from common import hardware, options, read_config, synchronize, table, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from scripts.files import write_atomically
+from scripts.running.files import write_atomically
 
 CHECKPOINTING = ("none", "all")
 

@@ -17,8 +17,8 @@ import torch  # noqa: E402
 from gaussian import IdealNetwork, exact_moments  # noqa: E402
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler  # noqa: E402
 
-from scripts.diffusion import levels_at, training_timesteps  # noqa: E402
-from scripts.solvers import SOLVERS, gaussian_weight, visited  # noqa: E402
+from scripts.diffusion.process import levels_at, training_timesteps  # noqa: E402
+from scripts.diffusion.solvers import SOLVERS, gaussian_weight, visited  # noqa: E402
 
 STEPS = (10, 15, 25, 50, 250)
 

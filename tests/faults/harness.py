@@ -32,7 +32,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "shutil.move", "shutil.copyfile
 LOADED = ["fire", "torch._dynamo", "monai.bundle", "monai.engines", "monai.handlers", "monai.inferers"]
 LOADED += [
     f"scripts.{name}"
-    for name in ("surge", "pictures", "validation", "sampler", "datasets", "datalist", "inspection", "slices")
+    for name in ("training.surge", "training.validation", "running.pictures", "diffusion.sampler", "data.inspect")
 ]
 os.environ |= {
     "OMP_NUM_THREADS": "1",

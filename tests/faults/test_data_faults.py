@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK
 
-from scripts.datalist import find_images
-from scripts.errors import BundleError
-from scripts.inspection import examine, readable
+from scripts.data.find import find_images
+from scripts.data.inspect import examine, readable
+from scripts.running.errors import BundleError
 
 TINY = TINY_NETWORK | {
     "batch_size": "2",
@@ -177,8 +177,8 @@ FILL = """
 import sys
 sys.path[:0] = {paths!r}
 from test_datasets import preprocessing
-from scripts.datalist import find_images
-from scripts.datasets import VolumeDataset
+from scripts.data.find import find_images
+from scripts.data.datasets import VolumeDataset
 dataset = VolumeDataset(find_images({scans!r}), preprocessing(), None, "disk", {cache!r})
 print("ready", flush=True)
 sys.stdin.readline()
@@ -190,7 +190,12 @@ for _ in range({rounds}):
 
 def filling(scans: Path, cache: Path, rounds: int = 1) -> subprocess.Popen:
     """A process that preprocesses all scans into a disk cache, once it gets a line."""
-    code = FILL.format(paths=[str(ROOT), str(ROOT / "tests")], scans=str(scans), cache=str(cache), rounds=rounds)
+    code = FILL.format(
+        paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/data")],
+        scans=str(scans),
+        cache=str(cache),
+        rounds=rounds,
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], **pipes)
 

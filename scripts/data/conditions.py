@@ -1,0 +1,154 @@
+"""Classes of images: their names, the class of each training scan, and the class of each volume that is sampled.
+
+A class is its index in `class_names`; the index after the last, len(class_names), means "no class". It is what a label
+becomes that is dropped in training (Ho & Salimans 2022, "Classifier-free diffusion guidance"). Without names it is 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+
+from scripts.running.checks import check_knobs
+from scripts.running.errors import BundleError
+
+
+def check_table(class_names: Sequence[str] | None, class_table: str | None) -> None:
+    """A table of classes goes with their names, can be read, and has no other classes.
+
+    Raises:
+        BundleError: names the key.
+    """
+    if class_table is not None and not class_names:
+        raise BundleError(
+            f"class_table: {class_table!r} was given without class_names; the list of its classes would be right"
+        )
+    if class_table is not None:
+        read_table(class_table, class_names, "")
+
+
+def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
+    """{absolute path: class} of a CSV file with the columns `file` (absolute, or from `dataset_dir`) and `class`.
+
+    Raises:
+        BundleError: no such table, other columns, a class that `class_names` lacks, one file with two classes.
+    """
+    classes: dict[str, str] = {}
+    try:
+        with open(class_table, newline="", encoding="utf-8-sig") as table:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(table)
+            columns, rows = list(reader.fieldnames or ()), [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise BundleError(
+            f"class_table: {class_table!r} cannot be read ({e}); a CSV file with the columns 'file' and 'class' would "
+            "be right"
+        ) from e
+    if not {"file", "class"} <= set(columns):
+        raise BundleError(f"class_table: {class_table!r} has the columns {columns}; 'file' and 'class' would be right")
+    for line, row in rows:
+        file, name = ((row[key] or "").strip() for key in ("file", "class"))
+        where = f"class_table: {class_table!r}, line {line}: {file!r}"
+        if name not in class_names:
+            raise BundleError(f"{where} has the class {name!r}; it must be one of {list(class_names)} (class_names)")
+        path = os.path.realpath(os.path.join(dataset_dir, file))
+        if classes.setdefault(path, name) != name:
+            raise BundleError(f"{where} has the class {name!r}, and {classes[path]!r} in a line before; one is right")
+    return classes
+
+
+def classes_of(
+    paths: Sequence[str], folder: str, class_names: Sequence[str], class_table: str | None = None
+) -> list[str | None]:
+    """The class of each file, None where it has none: the one rule, for training and evaluation.
+
+    It is that of its line in `class_table`, see `read_table`; without a table that of the innermost folder below
+    `folder` whose name is a class.
+    """
+    if class_table is not None:
+        classes = read_table(class_table, class_names, folder)
+        return [classes.get(os.path.realpath(path)) for path in paths]
+    inner_first = [os.path.relpath(path, folder).split(os.sep)[-2::-1] for path in paths]
+    return [next((name for name in names if name in class_names), None) for names in inner_first]
+
+
+def with_classes(
+    images: list[dict], class_names: Sequence[str] | None, class_table: str | None, dataset_dir: str
+) -> list[dict]:
+    """The images, each with "class_label": the index of its class in `class_names`; without names as they are.
+
+    Args:
+        images: [{"image": path, ...}, ...] below `dataset_dir`.
+        class_names: the words to train with, or None.
+        class_table: see `classes_of`.
+
+    Raises:
+        BundleError: a table that cannot be used, names a file that is not there or leaves one out; an image that lies
+            in no folder of a class.
+    """
+    if not class_names:
+        return images
+    if not images:
+        return []  # `scripts.data.find.require` says so
+    paths = [item["image"] for item in images]
+    found = classes_of(paths, dataset_dir, class_names, class_table)
+    if class_table is None:
+        problem, right = "lie in no folder", f"folders named {list(class_names)} (class_names), or a class_table,"
+    else:
+        classes = read_table(class_table, class_names, dataset_dir)
+        if missing := sorted(set(classes) - set(map(os.path.realpath, paths))):
+            raise BundleError(
+                f"class_table: {class_table!r} names {len(missing)} files that are not among the {len(images)} images "
+                f"of dataset_dir, for example {missing[0]!r}; the path of an image, absolute or from {dataset_dir!r}, "
+                "would be right"
+            )
+        problem, right = f"have no line in {class_table!r}", "a line for each"
+    without = [path for path, name in zip(paths, found) if name is None]
+    if without:
+        raise BundleError(
+            f"{'class_names' if class_table is None else 'class_table'}: {len(without)} of {len(images)} images "
+            f"{problem} and so have no class, for example {without[0]!r}; {right} would be right"
+        )
+    return [item | {"class_label": list(class_names).index(name)} for item, name in zip(images, found)]
+
+
+def labels_of(
+    class_label: str | int | None | Sequence[str | int | None],
+    class_names: Sequence[str] | None,
+    guidance_scale: float = 1.0,
+) -> list[int]:
+    """Indices of the classes that volumes take in turn: volume i has labels[i mod len(labels)].
+
+    Args:
+        class_label: a name, an index, None for no class, or a list of these.
+        class_names: of the training, from the model.json beside the weights; None or empty without classes.
+        guidance_scale: see `scripts.diffusion.sampler.DiffusionSampler`.
+
+    Raises:
+        BundleError: an unknown class (lists the names), a class or guidance where the weights know no classes,
+            guidance without any class, a scale below 0.
+    """
+    names = list(class_names or [])
+    known = f"one of {names}, an index from 0 to {len(names) - 1}, or null (no class)"
+    if not names:
+        known = "null, for these weights know no classes (class_names)"
+    wanted = list(class_label) if isinstance(class_label, (list, tuple)) else [class_label]
+    labels = []
+    for label in wanted:
+        if label is None:
+            labels.append(len(names))
+        elif isinstance(label, str) and label in names:
+            labels.append(names.index(label))
+        elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
+            labels.append(label)
+        else:
+            raise BundleError(f"class_label: {label!r} was given; it must be {known}")
+    if not labels:
+        raise BundleError(f"class_label: an empty list was given; it must be {known}")
+    check_knobs(guidance_scale=guidance_scale)
+    if guidance_scale != 1 and set(labels) == {len(names)}:
+        right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names),"
+        raise BundleError(
+            f"guidance_scale: {guidance_scale} was given, but there is no class to guide to; {right} would be right"
+        )
+    return labels

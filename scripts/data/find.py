@@ -1,0 +1,400 @@
+"""From a folder of scans, or of pictures where images are 2D, to the files to train on and the held-out ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel import Nifti1Pair
+
+from scripts.data.images_2d import OVERVIEWS, is_picture
+from scripts.running.checks import check_knobs
+from scripts.running.errors import BundleError
+
+logger = logging.getLogger(__name__)
+# What MONAI's reader takes: NIfTI files, NIfTI pairs (of which the .img is listed) and FreeSurfer's files.
+VOLUME = re.compile(r"\.(nii(\.(gz|bz2))?|img(\.gz)?|mgh|mgz)$", re.IGNORECASE)
+# What is no image by the last word of its name: BIDS, BraTS, FreeSurfer.
+NO_IMAGE = re.compile(
+    r"(?:^|[-_.+])(dseg|probseg|brainmask|mask|roi|labels?|seg|aseg|aparc|wmparc|ribbon|xfm|warp)$", re.IGNORECASE
+)
+CONTRAST = r"(?:t[12](?:w|c|ce|gd|n|f|star)?|pdw?|flair|dwi|adc|swi|mprage|mp2rage|spgr)"
+CONTRASTS = re.compile(rf"^(?:{CONTRAST}[-_. ]+)+|(?:(?:^|[-_. ]+){CONTRAST})+$", re.IGNORECASE)  # around a name
+SUBJECT = re.compile(r"(?<![A-Za-z0-9-])sub-[A-Za-z0-9]+")
+# Folders that hold the same people as those beside them.
+SAME_PEOPLE = re.compile(rf"rawdata|sourcedata|images?|(?:ses|session|visit)[-_]?\w*|{CONTRAST}", re.IGNORECASE)
+OTHER_SCANS = frozenset("dcm ima nrrd nhdr mha mhd mnc par rec head brik img hdr nii".split())  # endings not read
+
+
+def stem(path: str) -> str:
+    """File name without folder and without the ending of a volume or picture, in any case."""
+    name = os.path.basename(path)
+    return re.sub(r"\.(png|jpe?g)$", "", VOLUME.sub("", name), flags=re.IGNORECASE)
+
+
+def is_image(path: str, spatial_dims: int = 3) -> bool:
+    """Whether a file is a volume by its name, or in 2D a picture."""
+    return VOLUME.search(path) is not None or spatial_dims == 2 and is_picture(path)
+
+
+def header_of(path: str) -> str:
+    """The file that holds the header of a volume: itself, or the .hdr of an .img."""
+    if not path.lower().endswith((".img", ".img.gz")):
+        return path
+    return Nifti1Pair.filespec_to_file_map(path)["header"].filename
+
+
+def files_below(folder: str, key: str = "dataset_dir") -> list[str]:
+    """Every file below a folder, sorted; hidden files and folders (.git, ._x.nii) are passed over.
+
+    Links to folders are followed, each folder once, so that one that leads back ends there. Links to nothing are files.
+    A missing folder has no files.
+
+    Raises:
+        BundleError: a folder that cannot be opened; `key` is what the user knows it by.
+    """
+
+    def refuse(error: OSError) -> None:
+        if os.path.lexists(folder):
+            reason = f"{error.filename!r} cannot be searched ({error.strerror})"
+            raise BundleError(f"{key}: {reason}; folders that can be read would be right") from error
+
+    files, seen, waiting = [], set(), [folder]
+    while waiting:  # links come last: a file that has two paths gets the one without
+        for place, subfolders, names in os.walk(waiting.pop(0), onerror=refuse):
+            real = os.path.realpath(place)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            shown = sorted(name for name in subfolders if name[0] != ".")
+            links = [name for name in shown if os.path.islink(os.path.join(place, name))]
+            waiting += [os.path.join(place, name) for name in links]
+            subfolders[:] = [name for name in shown if name not in links]
+            files += [str(Path(place, name)) for name in names if name[0] != "."]
+    return sorted(files)
+
+
+def volumes_below(folder: str) -> list[str]:
+    """The volumes below a folder, whatever their names say they hold, sorted."""
+    return [file for file in files_below(folder) if VOLUME.search(file)]
+
+
+def find_images(
+    dataset_dir: str,
+    mask_suffix: str | None = None,
+    spatial_dims: int = 3,
+    image_pattern: str | None = None,
+    key: str = "dataset_dir",
+) -> list[dict[str, str]]:
+    """All images below a folder, sorted by path; the log counts what is left out.
+
+    Args:
+        dataset_dir: searched with its sub-folders and linked ones, see `files_below`; a missing folder gives an empty
+            list (see `require`).
+        mask_suffix: for example "_mask": `sub-01_mask.nii.gz` is then the brain mask of `sub-01.nii.gz`.
+        spatial_dims: 3 finds volumes; 2 also PNG and JPEG.
+        image_pattern: which files are images, such as "*_T1w.nii.gz" or, from `dataset_dir`, "sub-*/anat/*"; None for
+            all whose names do not end as those of masks, label maps and the like (NO_IMAGE) do.
+        key: what the user knows the folder by.
+
+    Returns:
+        [{"image": path}, ...], with "mask": path where `mask_suffix` is given.
+
+    Raises:
+        BundleError: names every image that has no mask although `mask_suffix` is given; masks in 2D; a pattern that
+            fits no file.
+    """
+    if mask_suffix and spatial_dims == 2:
+        raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; null would be right")
+    if image_pattern is not None and (not isinstance(image_pattern, str) or not image_pattern):
+        right = "null or a pattern such as '*_T1w.nii.gz' would be right"
+        raise BundleError(f"image_pattern: {image_pattern!r} was given; {right}")
+    every = files_below(dataset_dir, key)
+    files = [file for file in every if is_image(file, spatial_dims)]
+    tell_of_others(key, every, files)
+    masks = {}
+    if mask_suffix:
+        masks = {(os.path.dirname(f), stem(f)): f for f in files if stem(f).endswith(mask_suffix)}
+        files = [f for f in files if not stem(f).endswith(mask_suffix)]
+    if image_pattern is None:
+        images = without_labels(key, files)
+    else:
+        images = [f for f in files if fits(f, image_pattern, dataset_dir)]
+        if files and not images:
+            raise BundleError(
+                f"image_pattern: {image_pattern!r} fits none of the {len(files)} files in {key}, such as "
+                f"{os.path.relpath(files[0], dataset_dir)!r}; a pattern of some of them would be right"
+            )
+        logger.info(f"{key}: {len(images)} of {len(files)} files fit the image_pattern {image_pattern!r}")
+    images = once(key, images)
+    if not mask_suffix:
+        return [{"image": f} for f in images]
+    pairs = [{"image": f, "mask": masks.get((os.path.dirname(f), stem(f) + mask_suffix), "")} for f in images]
+    without = [p["image"] for p in pairs if not p["mask"]]
+    if without:
+        raise BundleError(
+            f"mask_suffix: {mask_suffix!r} was given, but {len(without)} of {len(images)} images have no mask beside "
+            f"them, for example {without[0]!r} (expected {stem(without[0]) + mask_suffix}.nii.gz)"
+        )
+    return pairs
+
+
+def fits(file: str, pattern: str, folder: str) -> bool:
+    """Whether the name of a file fits a pattern with * ? []; with a slash in it, the path from `folder`."""
+    return fnmatchcase(os.path.relpath(file, folder) if "/" in pattern else os.path.basename(file), pattern)
+
+
+def counted(words: Iterable[str]) -> str:
+    """Each word with how often it is there, as in nrrd (4), json (2): the most frequent first, up to ten."""
+    common = Counter(words).most_common()
+    return ", ".join(f"{word} ({count})" for word, count in common[:10]) + (", ..." if len(common) > 10 else "")
+
+
+def ending_of(path: str) -> str:
+    """What follows the last dot of a file's name, in lower case, with what stands before .gz and its like."""
+    found = re.search(r"\.([^.]+(?:\.(?:gz|bz2|zst|xz|z|zip))?)$", os.path.basename(path).lower())
+    return found.group(1) if found else "no ending"
+
+
+def tell_of_others(key: str, every: Sequence[str], images: Sequence[str]) -> None:
+    """Count the files that are passed over by their endings, as a warning where there are scans among them."""
+    known = {*images, *map(header_of, images)}
+    others = [file for file in every if file not in known and os.path.basename(file) not in OVERVIEWS]
+    nowhere = [file for file in others if ending_of(file) == "no ending" and not os.path.exists(file)]
+    if nowhere:
+        logger.warning(f"{key}: {len(nowhere)} links lead to nothing and are passed over, for example {nowhere[0]!r}")
+    endings = [ending_of(file) for file in others if file not in nowhere]
+    if endings:
+        scans = any(ending.split(".")[0] in OTHER_SCANS for ending in endings)
+        advice = "; of scans NIfTI (.nii, .nii.gz) and FreeSurfer's .mgz are read" if scans else ""
+        logger.log(
+            logging.WARNING if scans else logging.INFO,
+            f"{key}: {len(endings)} files are passed over by their endings: {counted(endings)}{advice}",
+        )
+
+
+def without_labels(key: str, files: Sequence[str]) -> list[str]:
+    """The files whose names do not end as those of masks, label maps and the like do; the others are counted."""
+    found = {file: ending.group(1).lower() for file in files if (ending := NO_IMAGE.search(stem(file)))}
+    if found:
+        logger.warning(
+            f"{key}: {len(found)} of {len(files)} files are taken for masks, label maps or transforms by the ends of "
+            f"their names and left out: {counted(found.values())}; image_pattern says which files are images"
+        )
+    return [file for file in files if file not in found]
+
+
+def once(key: str, files: Sequence[str]) -> list[str]:
+    """The files without those that are another one's file too, by a link."""
+    first: dict[str, str] = {}
+    for file in files:
+        first.setdefault(os.path.realpath(file), file)
+    if len(first) < len(files):
+        again = next(file for file in files if first[os.path.realpath(file)] != file)
+        logger.warning(
+            f"{key}: {len(files) - len(first)} of {len(files)} images are links to others of them and left out, for "
+            f"example {again!r}, which is {first[os.path.realpath(again)]!r}"
+        )
+    return list(first.values())
+
+
+def subjects_of(images: Sequence[dict[str, str]], dataset_dir: str | None = None) -> list[str]:
+    """The subject that each image is of.
+
+    - It is the first BIDS entity `sub-...` in the file's name, wherever it stands, else that of the innermost folder.
+      In two folders neither of which holds the other (two datasets) the same entity is two subjects.
+    - Else a folder that holds several images, at any depth, is a subject where there are at least as many such folders
+      at its depth as images in the fullest of them: folders of patients, and not of classes or sites.
+    - Else it is the file's path without words for the contrast around its name: a_T1.nii and a_FLAIR.nii are of one.
+
+    Folders of contrasts, sessions and the like (SAME_PEOPLE) are passed over in all of this. A warning says which names
+    with different words before `sub-...` were taken as one subject.
+
+    Args:
+        dataset_dir: above which no folder counts; None for the root.
+    """
+    paths = [people_of(Path(os.path.relpath(item["image"], dataset_dir or "/")).parts) for item in images]
+    entities = [next((found.group() for part in path[::-1] if (found := SUBJECT.search(part))), None) for path in paths]
+    scopes: dict[str, set[tuple[str, ...]]] = {}
+    for path, entity in zip(paths, entities, strict=True):
+        scopes.setdefault(entity or "", set()).add(dataset_of(path))
+    patients = patient_folders([path for path, entity in zip(paths, entities, strict=True) if not entity])
+    subjects = []
+    for path, entity in zip(paths, entities, strict=True):
+        if entity:
+            around = (scope for scope in scopes[entity] if dataset_of(path)[: len(scope)] == scope)
+            parts = (*min(around, key=len), entity)
+        else:
+            above = [path[:depth] for depth in range(1, len(path)) if path[:depth] in patients]
+            parts = above[0] if above else (*path[:-1], CONTRASTS.sub("", stem(path[-1])))
+        subjects.append("/".join(part for part in parts if part))
+    warn_of_joined(paths, entities, subjects)
+    return subjects
+
+
+def people_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without the folders that hold the same people as those beside them."""
+    return (*(part for part in path[:-1] if not SAME_PEOPLE.fullmatch(part)), path[-1])
+
+
+def dataset_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The folders that name the dataset of a path: those above `derivatives` or `sub-...`."""
+    ends = (i for i, part in enumerate(path[:-1]) if part == "derivatives" or SUBJECT.search(part))
+    return path[: next(ends, len(path) - 1)]
+
+
+def patient_folders(paths: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The folders that are a subject each, see `subjects_of`."""
+    held = Counter(path[:depth] for path in paths for depth in range(1, len(path)))
+    innermost = {
+        next((path[:depth] for depth in range(len(path) - 1, 0, -1) if held[path[:depth]] > 1), ()) for path in paths
+    } - {()}
+    depths: dict[int, list[tuple[str, ...]]] = {}
+    for folder in innermost:
+        depths.setdefault(len(folder), []).append(folder)
+    plausible = (folders for folders in depths.values() if len(folders) >= max(held[folder] for folder in folders))
+    return {folder for folders in plausible for folder in folders}
+
+
+def warn_of_joined(paths: Sequence[tuple[str, ...]], entities: Sequence[str | None], subjects: Sequence[str]) -> None:
+    """Say which names with different words before `sub-...` are one subject, and how many numbers are several."""
+    named: dict[str, set[str]] = {}
+    for path, entity, subject in zip(paths, entities, subjects, strict=True):
+        if entity:
+            carrier = next(part for part in path[::-1] if SUBJECT.search(part))
+            beginning = carrier[: SUBJECT.search(carrier).end()]
+            named.setdefault(subject, set()).add("/".join((*dataset_of(path), beginning)))
+    joined = {subject: sorted(names) for subject, names in named.items() if len(names) > 1}
+    if joined:
+        examples = "; ".join(" and ".join(names) for names in list(joined.values())[:3])
+        logger.warning(
+            f"{len(joined)} subjects have names with different beginnings, which are taken as scans of one person: "
+            f"{examples}; where they are of different people, a folder for each dataset would be right"
+        )
+    numbers = Counter(subject.rsplit("/", 1)[-1] for subject in named)
+    apart = sum(numbers[subject.rsplit("/", 1)[-1]] > 1 for subject in named)
+    if apart:
+        logger.info(f"{apart} subjects have the number of another one, in another folder: taken as different people")
+
+
+def split_as_before(
+    images: Sequence[dict[str, str]], path: str, dataset_dir: str, data_description: Mapping[str, Any]
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The split of a run that goes on; subjects that are new join the training part, and are named.
+
+    Args:
+        path: the dataset.json of that run. Its files are known by their places below its `dataset_dir`.
+        dataset_dir: where they are now.
+        data_description: knobs as they are now, which must be those of the run.
+
+    Raises:
+        BundleError: it is not readable, the run was begun with another value of a knob, such as the seed, or none of
+            what was held out is there any more.
+    """
+    given = json.loads(json.dumps(dict(data_description), default=str))
+    try:
+        record = json.loads(Path(path).read_text())
+        then, sides = record.get("data_description", {}), [record[side] for side in ("training", "validation")]
+        then_dir = record.get("dataset_dir") or dataset_dir
+        places = [{os.path.relpath(file, then_dir) for file in files} for files in sides]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
+        raise BundleError(
+            f"{path!r} does not say how the run was split ({e}); mend it, or remove it to split anew"
+        ) from e
+    for key, value in given.items():
+        if then.get(key, value) != value:
+            raise BundleError(
+                f"{key}: {data_description[key]!r} was given, but the run that goes on was begun with {then[key]!r} "
+                f"({path!r}); give the same, or begin a new run with --init_ckpt"
+            )
+    training, held_out = ({str(Path(dataset_dir, place)) for place in of_side} for of_side in places)
+    there = {item["image"] for item in images}
+    if held_out and not held_out & there:
+        raise BundleError(
+            f"dataset_dir: {dataset_dir!r} holds none of the {len(held_out)} held-out files of the run that goes on "
+            f"({path!r}); the folder that it was begun with would be right"
+        )
+    if gone := (training | held_out) - there:
+        logger.warning(f"{len(gone)} files of the run that goes on are not there any more, such as {min(gone)!r}")
+    files = sorted(there | training | held_out)  # a new visit goes with the others
+    subjects = dict(zip(files, subjects_of([{"image": file} for file in files], dataset_dir), strict=True))
+    validation = {subjects[file] for file in held_out}
+    if new := sorted({subjects[file] for file in there} - {subjects[file] for file in training | held_out}):
+        names = ", ".join(new[:10]) + (", ..." if len(new) > 10 else "")
+        logger.warning(f"{len(new)} subjects are new since the run began, and join its training part: {names}")
+    return tuple([i for i in images if (subjects[i["image"]] in validation) == side] for side in (False, True))
+
+
+def split_by_subject(
+    images: Sequence[dict[str, str]],
+    val_fraction: float,
+    seed: int,
+    dataset_dir: str | None = None,
+    kept: str | None = None,
+    data_description: Mapping[str, Any] | None = None,
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training, held-out) lists; all scans of a subject are on one side. A seeded shuffle of the subjects decides.
+
+    Args:
+        val_fraction: share of the subjects to hold out, in (0, 1); at least one subject is held out.
+        dataset_dir: see `subjects_of`.
+        kept: the dataset.json of a run that goes on, whose split is kept, see `split_as_before`; None for a new run.
+        data_description: see there.
+
+    Raises:
+        BundleError: `val_fraction` is out of range, or there are fewer than two subjects.
+    """
+    check_knobs(val_fraction=val_fraction)
+    if not images:
+        return [], []
+    if kept and os.path.isfile(kept):
+        return split_as_before(images, kept, dataset_dir or "", data_description or {})
+    if kept:
+        logger.warning(f"there is no {kept!r} to say how the run that goes on was split; it is split anew")
+    of_images = subjects_of(images, dataset_dir)
+    subjects = sorted(set(of_images))
+    held_out = max(1, round(val_fraction * len(subjects)))
+    if held_out >= len(subjects):
+        raise BundleError(
+            f"dataset_dir: {len(images)} usable images of {len(subjects)} subjects, too few to train on some and hold "
+            f"out {held_out} (val_fraction = {val_fraction}); at least {held_out + 1} subjects would be right"
+        )
+    if len(subjects) < len(images):
+        logger.info(f"dataset_dir: {len(images)} images are of {len(subjects)} subjects")
+    order = np.random.default_rng(seed).permutation(len(subjects))
+    validation = {subjects[i] for i in order[:held_out]}
+    sides: tuple[list, list] = ([], [])
+    for item, subject in zip(images, of_images, strict=True):
+        sides[subject in validation].append(item)
+    return sides
+
+
+def require(dataset_dir: str, training: Sequence, class_names: Sequence[str] | None = None) -> None:
+    """Raises BundleError where there is nothing to train on, of all or of one class.
+
+    Nothing held out is no error: `split_by_subject` holds out a subject at least, MONAI Label does so only on request.
+    """
+    if training:
+        labels = {item.get("class_label") for item in training}
+        without = [name for label, name in enumerate(class_names or ()) if label not in labels]
+        if without:
+            raise BundleError(
+                f"class_names: of {len(training)} images to train on none is of {without}; at least one of each of "
+                f"{list(class_names)} would be right"
+            )
+        return
+    found = "it holds no usable images" if os.path.isdir(dataset_dir) else "there is no such folder"
+    raise BundleError(
+        f"dataset_dir: {str(dataset_dir)!r}: {found}; a folder with at least two brain-extracted volumes "
+        "(.nii, .nii.gz or .mgz; in 2D also .png or .jpg) would be right, in MONAI Label images with a final label, or "
+        "no folder at all and configs/presets/demo.json"
+    )

@@ -1,0 +1,1 @@
+"""The mathematics and the networks. Imports running only, and never ignite: MONAI Deploy has none."""

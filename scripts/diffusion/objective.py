@@ -1,0 +1,135 @@
+"""Noise, timesteps and class labels of a training or validation batch, as functions of seed and draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from monai.engines import DiffusionPrepareBatch
+from monai.networks.schedulers import RFlowScheduler, Scheduler
+from monai.utils import unsqueeze_right
+
+from scripts.diffusion.process import levels_at, target, timestep_at, training_timesteps
+from scripts.running.checks import check_knobs
+
+
+class SeededPrepareBatch(DiffusionPrepareBatch):
+    """MONAI's `DiffusionPrepareBatch` for any prediction type, with reproducible noise.
+
+    Each sample of a batch has its own generator, seeded by (seed, draw): the noise of a draw is the same whatever the
+    batch size, the number of processes, or how often the run was stopped and resumed.
+
+    Args:
+        scheduler: the MONAI scheduler that holds `alphas_cumprod`.
+        prediction_type: what the network predicts, see `scripts.diffusion.process`.
+        seed: of all noise.
+        timestep_sampling: how timesteps are drawn, with the noise-to-signal ratio sigma = s / a:
+            "uniform": from [0, T) (Ho et al. 2020, Algorithm 1), or as an `RFlowScheduler` says;
+            "balanced": half of the draws so, the other half uniformly in log sigma up to `sigma_max`;
+            "lognormal": log sigma ~ N(-1.2, 1.2^2) (Karras et al. 2022, table 1).
+        sigma_max: of "balanced"; None for the noisiest timestep with any signal.
+        num_strata: n > 0 draws the timestep of draw d uniformly from the (d mod n)-th of n equal parts of [0, T), so
+            that validation covers all of them; `timestep_sampling` does not count then.
+        class_names: None for a network without classes; else each item has a "class_label".
+        class_dropout: probability that a draw loses its label: it becomes "no class", len(class_names), so that the
+            network learns both (Ho & Salimans 2022, Algorithm 1).
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        prediction_type: str,
+        seed: int = 0,
+        timestep_sampling: str = "uniform",
+        sigma_max: float | None = None,
+        num_strata: int = 0,
+        class_names: Sequence[str] | None = None,
+        class_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
+        check_knobs(prediction_type=prediction_type, timestep_sampling=timestep_sampling)
+        self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
+        self.class_names, self.class_dropout = class_names, class_dropout
+        self.timestep_sampling = timestep_sampling
+        whole = training_timesteps(scheduler)
+        self.whole_range = int(whole[0]), int(whole[-1])
+        a, s = levels_at(scheduler, whole)
+        sigmas = (s / a)[a > 0]
+        self.sigma_range = float(sigmas[0]), min(float(sigmas[-1]), sigma_max or float("inf"))
+
+    def draw(self, draw: int, shape: torch.Size, device: torch.device) -> tuple[float, torch.Tensor]:
+        """(timestep, noise of `shape` on `device`) of one sample; the timestep of rectified flow need not be whole."""
+        state = np.random.SeedSequence([self.seed, draw, 0]).generate_state(2, np.uint64)
+        u = state[0] / 2.0**64
+        if self.num_strata:
+            timestep = self.uniform_timestep((draw % self.num_strata + u) / self.num_strata)
+        else:
+            timestep = self.timestep(u)
+        generator = torch.Generator(device).manual_seed(int(state[1]))
+        return timestep, torch.randn(shape, generator=generator, device=device)
+
+    def timestep(self, u: float) -> float:
+        """The u-quantile, in (0, 1), of the timesteps that `timestep_sampling` names (of a half of "balanced")."""
+        low, high = self.sigma_range
+        if self.timestep_sampling == "uniform":
+            return self.uniform_timestep(u)
+        if self.timestep_sampling == "lognormal":
+            return self.timestep_of(math.exp(-1.2 + 1.2 * NormalDist().inv_cdf(min(max(u, 1e-12), 1 - 1e-12))))
+        return self.uniform_timestep(2 * u) if u < 0.5 else self.timestep_of(low * (high / low) ** (2 * u - 1))
+
+    def timestep_of(self, sigma: float) -> float:
+        """The timestep at which s / a is nearest to `sigma`; a fraction where the scheduler takes one."""
+        a = torch.tensor(1 / math.hypot(1, sigma), dtype=torch.float64)
+        timestep = float(timestep_at(self.scheduler, a, sigma * a))
+        if isinstance(self.scheduler, RFlowScheduler) and not self.scheduler.use_discrete_timesteps:
+            return timestep
+        first, last = self.whole_range
+        return min(max(round(timestep), first), last)
+
+    def uniform_timestep(self, u: float) -> float:
+        """The u-quantile of all timesteps, or of those that an `RFlowScheduler` names."""
+        if isinstance(self.scheduler, RFlowScheduler):
+            return self.rectified_flow_timestep(u)
+        return min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
+
+    def rectified_flow_timestep(self, u: float) -> float:
+        """The u-quantile of the distribution of timesteps that an `RFlowScheduler` names: uniform or logit-normal."""
+        if self.scheduler.sample_method == "logit-normal":
+            normal = self.scheduler.distribution.base_dist.base_dist
+            u = float(torch.sigmoid(normal.icdf(torch.tensor(u).clamp(1e-6, 1 - 1e-6))))
+        timestep = u * self.num_train_timesteps
+        return min(int(timestep) + 1, self.num_train_timesteps) if self.scheduler.use_discrete_timesteps else timestep
+
+    def label(self, draw: int, label: int) -> int:
+        """The label of one sample, or that of "no class" where this draw drops it."""
+        # the third word sets this stream apart from the noise (0) and from the random transforms (1)
+        u = np.random.SeedSequence([self.seed, draw, 2]).generate_state(1, np.uint64)[0] / 2.0**64
+        return len(self.class_names) if u < self.class_dropout else label
+
+    def __call__(
+        self,
+        batchdata: dict[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
+        """{"image": (B, C, *spatial) in [-1, 1], "draw": (B,)} -> (x_0, target, (), {"noise", "timesteps"}).
+
+        With classes, "class_label": (B,) of the batch becomes "class_labels" of the last.
+        """
+        images = batchdata["image"].to(device=device, non_blocking=non_blocking, **kwargs)
+        drawn = [self.draw(int(d), images.shape[1:], images.device) for d in batchdata["draw"]]
+        timesteps = torch.tensor([t for t, _ in drawn]).to(images.device, non_blocking=non_blocking)
+        noise = torch.stack([n for _, n in drawn])
+        a, s = levels_at(self.scheduler, timesteps)
+        a, s = (unsqueeze_right(level.to(images.dtype), images.ndim) for level in (a, s))
+        wanted = target(self.prediction_type, images, noise, a, s)
+        extra = {"noise": noise, "timesteps": timesteps}
+        if self.class_names:
+            labels = [self.label(int(d), int(label)) for d, label in zip(batchdata["draw"], batchdata["class_label"])]
+            extra["class_labels"] = torch.tensor(labels).to(images.device, non_blocking=non_blocking)
+        return images, wanted, (), extra

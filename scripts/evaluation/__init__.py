@@ -1,0 +1,1 @@
+"""Cohorts of volumes, measures on them, the report and the reader study. Imports running, data and diffusion."""

@@ -1,0 +1,610 @@
+"""Volumes of brain regions, from label maps or a tissue classification, compared with those of the real brains."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+
+import nibabel as nib
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.stats import false_discovery_control, permutation_test
+from tqdm import tqdm
+
+from scripts.evaluation.bootstrap import bootstrap_counts, interval
+from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.evaluator import metric_row
+from scripts.evaluation.tissue import TISSUES, classify, tissue_map
+from scripts.running.checks import check_knob, check_knobs, switch, whole
+from scripts.running.errors import BundleError
+from scripts.running.pictures import draw_box, save_figure, triplanar
+
+# The labels of SynthSeg, numbered as in FreeSurfer's FreeSurferColorLUT.txt.
+_SIDED = {
+    "cerebral white matter": (2, 41),
+    "cerebral cortex": (3, 42),
+    "lateral ventricle": (4, 43),
+    "inferior lateral ventricle": (5, 44),
+    "cerebellum white matter": (7, 46),
+    "cerebellum cortex": (8, 47),
+    "thalamus": (10, 49),
+    "caudate": (11, 50),
+    "putamen": (12, 51),
+    "pallidum": (13, 52),
+    "hippocampus": (17, 53),
+    "amygdala": (18, 54),
+    "accumbens area": (26, 58),
+    "ventral DC": (28, 60),
+}
+FREESURFER = {14: "3rd ventricle", 15: "4th ventricle", 16: "brain-stem", 24: "CSF"} | {
+    label: f"{side} {name}" for name, labels in _SIDED.items() for side, label in zip(("left", "right"), labels)
+}
+FALSE_DISCOVERY = 0.05
+ROWS_UP_TO = 8  # regions with rows of their own; more stand in the table only
+PANELS_UP_TO = 40
+EFFECT = "standardised difference from the real mean; 0.2 is small, 0.5 medium, 0.8 large (Cohen 1988)"
+
+
+def label_volumes(path: str) -> dict[int, float]:
+    """{label: mL} of one label map: its voxels times |det| of its affine, which is in mm. 0 is background.
+
+    Raises:
+        BundleError: names a file that is no NIfTI image of whole numbers in two or three dimensions.
+    """
+    try:
+        image = nib.load(path)
+        labels = np.asarray(image.dataobj)
+    except Exception as e:  # nibabel, zlib and numpy each raise their own for a damaged file
+        raise BundleError(f"label map {path!r} cannot be read ({e}); a NIfTI image of whole numbers is right") from e
+    if labels.dtype.kind not in "biuf":
+        raise BundleError(f"label map {path!r} has voxels of type {labels.dtype}; whole numbers would be right")
+    if labels.ndim < 2 or any(side > 1 for side in labels.shape[3:]):
+        raise BundleError(f"label map {path!r} has the shape {labels.shape}; two or three dimensions would be right")
+    found, counts = np.unique(labels, return_counts=True)
+    wrong = found[~(np.isfinite(found) & (found == np.rint(found)))]
+    if len(wrong):
+        raise BundleError(f"label map {path!r} has the value {wrong[0]:g}; whole numbers (a segmentation) are right")
+    ml = abs(np.linalg.det(image.affine[:3, :3])) / 1000
+    if not ml > 0:
+        raise BundleError(f"label map {path!r} has an affine of volume {ml:g}; one in mm would be right")
+    return {int(label): float(count * ml) for label, count in zip(found, counts) if label != 0}
+
+
+def cohen_d(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(mean of y - mean of x) / pooled standard deviation (Cohen 1988), of each column.
+
+    Args:
+        x, y: (N, K) and (M, K), N and M at least 2.
+
+    Returns:
+        (K); nan where both have no spread.
+    """
+    return _weighted_d(x, y, np.ones((1, len(x))), np.ones((1, len(y))))[0]
+
+
+def _weighted_d(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarray) -> np.ndarray:
+    """Cohen's d where volume i of x counts of_x[r, i] times: (R, N), (R, M) -> (R, K)."""
+    centre = np.concatenate([x, y]).mean(0)  # sums of squares lose no digits
+    means, squares, freedom = [], [], len(x) + len(y) - 2
+    for values, counts in ((x - centre, of_x), (y - centre, of_y)):
+        mean = counts @ values / len(values)
+        means.append(mean)
+        squares.append(np.maximum(counts @ values**2 - len(values) * mean**2, 0))
+    spread = np.sqrt((squares[0] + squares[1]) / freedom)
+    spread[spread < 1e-9 * np.abs(centre)] = np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        d = (means[1] - means[0]) / spread
+    return np.where(np.isfinite(d), d, np.nan)
+
+
+def permutation_p(x: np.ndarray, y: np.ndarray, num_permutations: int = 9999, seed: int = 0) -> np.ndarray:
+    """Two-sided p values of the difference of means of each column, by `scipy.stats.permutation_test`.
+
+    Exact where there are no more than `num_permutations` ways to part the volumes into two groups.
+
+    Args:
+        x, y: (N, K) and (M, K).
+    """
+
+    def difference(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return a.mean(axis) - b.mean(axis)
+
+    batch = max(1, 2**24 // (x.shape[1] * (len(x) + len(y))))
+    rng = np.random.default_rng(seed)
+    test = permutation_test((x, y), difference, vectorized=True, n_resamples=num_permutations, batch=batch, rng=rng)
+    return np.asarray(test.pvalue)
+
+
+def wasserstein(x: np.ndarray, y: np.ndarray) -> float:
+    """The 1-Wasserstein distance of two sets of N points by optimal assignment, divided by sqrt(K).
+
+    With the Euclidean distance and equal weights, as `scipy.stats.wasserstein_distance_nd`, whose linear programme is
+    far slower. By the root, a shift of every column by s is a distance of s, whatever their number.
+
+    Args:
+        x, y: (N, K) both.
+    """
+    distances = cdist(x, y)
+    rows, columns = linear_sum_assignment(distances)
+    return float(distances[rows, columns].mean() / np.sqrt(x.shape[1]))
+
+
+def wasserstein_with_chance(
+    x: np.ndarray, y: np.ndarray, max_volumes: int = 300, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """`wasserstein` of two cohorts of any size, with intervals.
+
+    Sets of different size, or larger than `max_volumes`, are compared as random subsets of equal size (the mean of
+    10). Between finite sets of one population the distance is not 0 and grows with the number of columns: "chance" is
+    what random relabelling of all volumes as x and y gives. A resample with replacement repeats volumes, which adds to
+    the distance; the bootstrap values are therefore shifted to have the estimate as their mean.
+
+    Returns:
+        {"value", "low", "high", "chance", "chance_low", "chance_high", "p"}; p is one-sided.
+    """
+    rng = np.random.default_rng(seed)
+    size = min(len(x), len(y), max_volumes)
+    draws = 1 if size == len(x) == len(y) else 10
+    subsets = [[rng.choice(len(z), size, replace=False) for z in (x, y)] for _ in range(draws)]
+    value = float(np.mean([wasserstein(x[i], y[j]) for i, j in subsets]))
+    pooled = np.concatenate([x, y])
+    boot, chance = np.empty(num_resamples), np.empty(num_resamples)
+    for r in tqdm(range(num_resamples), "Wasserstein resamples", leave=False):
+        boot[r] = wasserstein(x[rng.integers(len(x), size=size)], y[rng.integers(len(y), size=size)])
+        order = rng.permutation(len(pooled))[: 2 * size]
+        chance[r] = wasserstein(pooled[order[:size]], pooled[order[size:]])
+    low, high = interval(np.maximum(boot - boot.mean() + value, 0))
+    chance_low, chance_high = interval(chance)
+    p = (1 + int((chance >= value * (1 - 1e-12)).sum())) / (1 + num_resamples)
+    result = {"value": value, "low": low, "high": high, "chance": float(chance.mean())}
+    return result | {"chance_low": chance_low, "chance_high": chance_high, "p": p}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _no_rows(kinds: str) -> list[dict]:
+    """What a cohort that cannot be compared has."""
+    metrics = (f"max_abs_cohen_d_{kinds}", f"{kinds}_different", f"wasserstein_{kinds}")
+    return [metric_row(metric, np.nan, better="lower") for metric in metrics]
+
+
+def _with_maps(cohorts: Cohorts) -> dict[str, int]:
+    """{cohort name: number of its label maps}."""
+    return {cohort.name: sum(map(bool, cohort.label_maps or [])) for cohort in cohorts}
+
+
+def _needs_tissues(cohorts: Cohorts) -> bool:
+    """Whether a cohort has fewer than two label maps; one makes no distribution."""
+    return min(_with_maps(cohorts).values()) < 2
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+class Anatomy:
+    """Measure: are the regions of the brain as large, and as different from one brain to the next, as in real volumes?
+
+    Regions come from label maps where the real cohort and the cohort in question have them. Where any cohort has none,
+    the tissues of `scripts.evaluation.tissue` are given for all cohorts, so that no cohort's label maps are ever
+    compared with another's tissues. Tissues are compared as percent of the brain: each brain was scaled to fill its
+    grid, and a generator gives every volume the same voxel size, so that its mL say nothing of the brain's size.
+
+    Args:
+        label_names: {label: name}, or "freesurfer" for the labels of SynthSeg and FreeSurfer; others are "label 17".
+        relative: regions as percent of all labelled voxels instead of mL: the size of the head then does not count.
+        num_permutations: of the test of the difference of means. With K regions, none can be found different unless
+            2 K / (num_permutations + 1) is below the false-discovery rate, 0.05.
+        num_resamples: bootstrap resamples, and relabellings for the Wasserstein distance.
+        max_volumes: larger cohorts enter the Wasserstein distance as random subsets (see `wasserstein_with_chance`).
+        seed: of all of these.
+
+    Raises:
+        BundleError: a knob that cannot be used.
+    """
+
+    name = "anatomy"
+    title = "Anatomy"
+
+    def __init__(
+        self,
+        label_names: Mapping[str, str] | str | None = None,
+        relative: bool = False,
+        num_permutations: int = 9999,
+        num_resamples: int = 1000,
+        max_volumes: int = 300,
+        seed: int = 0,
+    ) -> None:
+        names = FREESURFER if label_names == "freesurfer" else label_names or {}
+        if not isinstance(names, Mapping) or not all(re.fullmatch(r"-?\d+", str(label)) for label in names):
+            raise BundleError(
+                f"label_names: {label_names!r} was given; labels and names such as {{'17': 'left hippocampus'}}, or "
+                "'freesurfer', would be right"
+            )
+        check_knobs(num_permutations=num_permutations, num_resamples=num_resamples, seed=seed)
+        check_knob("max_volumes", max_volumes, whole(2))
+        self.label_names = {int(label): str(name) for label, name in names.items()}
+        self.relative = switch(relative=relative)
+        self.num_permutations, self.num_resamples = num_permutations, num_resamples
+        self.max_volumes, self.seed = max_volumes, seed
+        self.with_tissues: bool | None = None
+        self.tissues: dict[str, tuple[Cohort, dict]] = {}
+        self.labels: dict[str, tuple[Cohort, list[dict[int, float] | None]]] = {}
+
+    @property
+    def settings(self) -> dict:
+        """The knobs that change the result, and whether `check` saw a cohort without maps: then all have tissues."""
+        return {
+            "label_names": {str(label): name for label, name in self.label_names.items()},
+            "relative": self.relative,
+            "num_permutations": self.num_permutations,
+            "num_resamples": self.num_resamples,
+            "max_volumes": self.max_volumes,
+            "seed": self.seed,
+            "with_tissues": self.with_tissues,
+        }
+
+    def check(self, cohorts: Cohorts) -> None:
+        """Every cohort has two volumes; every label map is there, and the first of each cohort is a label map."""
+        for cohort in cohorts:
+            if len(cohort) < 2:
+                raise BundleError(f"{cohort.name}: {len(cohort)} volume was found; a distribution needs two or more")
+            maps = [path for path in cohort.label_maps or [] if path]
+            for path in maps:
+                if not os.path.isfile(path):
+                    raise BundleError(f"label map {path!r} of {cohort.name}: there is no such file")
+            if maps:
+                label_volumes(maps[0])
+        self.with_tissues = _needs_tissues(cohorts)
+
+    # What is measured of one cohort; each once, since every comparison needs the real one again.
+
+    def _of_tissues(self, cohort: Cohort) -> dict:
+        """{"percent": (N, 3), "ml": (N, 3)}, nan where a volume could not be classified."""
+        known = self.tissues.get(cohort.name)
+        if known is None or known[0] is not cohort:
+            percent = np.full((len(cohort), 3), np.nan)
+            voxels = np.zeros(len(cohort))
+            for i, volume in enumerate(tqdm(cohort.volumes, f"tissues of {cohort.name}")):
+                if (found := classify(volume, self.seed)) is not None:
+                    percent[i], voxels[i] = 100 * found.fractions, found.num_voxels
+            brain = voxels * np.asarray(cohort.voxel_size, float).prod(1) / 1000
+            known = cohort, {"percent": percent, "ml": percent / 100 * brain[:, None]}
+            self.tissues[cohort.name] = known
+        return known[1]
+
+    def _of_labels(self, cohort: Cohort) -> list[dict[int, float] | None]:
+        """{label: mL} of each volume, None without a label map."""
+        known = self.labels.get(cohort.name)
+        if known is None or known[0] is not cohort:
+            paths = tqdm(cohort.label_maps or [], f"label maps of {cohort.name}")
+            known = cohort, [label_volumes(path) if path else None for path in paths]
+            self.labels[cohort.name] = known
+        return known[1]
+
+    def _labels(self, real: Cohort) -> list[int]:
+        """The labels that occur in any label map of the real cohort."""
+        return sorted({label for volumes in self._of_labels(real) for label in volumes or {}})
+
+    def _regions(self, cohort: Cohort, labels: Sequence[int]) -> np.ndarray:
+        """(volumes with a label map, labels), in mL or percent. A label that a map lacks has the volume 0."""
+        found = [volumes for volumes in self._of_labels(cohort) if volumes]
+        table = np.array([[volumes.get(label, 0.0) for label in labels] for volumes in found]).reshape(-1, len(labels))
+        if self.relative:
+            table *= 100 / np.array([sum(volumes.values()) for volumes in found])[:, None]
+        return table
+
+    def __call__(self, cohort: Cohort, cohorts: Cohorts) -> dict:
+        """Rows of regions where both cohorts have label maps, rows of tissues where not all have them."""
+        rows, notes, data = [], [], {}
+        with_maps = _with_maps(cohorts)
+        mapped = {name for name, number in with_maps.items() if number >= 2}
+        in_question = with_maps[cohort.name]
+        if cohorts.real.name in mapped:
+            labels = self._labels(cohorts.real)
+            if cohort.name in mapped and labels:
+                real, own = (self._regions(c, labels) for c in (cohorts.real, cohort))
+                if in_question < len(cohort):
+                    notes.append(
+                        f"{cohort.name}: {len(cohort) - in_question} of {len(cohort)} volumes have no label map and "
+                        "are left out of the regions."
+                    )
+                empty = in_question - len(own)
+                if empty:
+                    notes.append(f"{cohort.name}: {empty} label maps hold nothing but background and are left out.")
+                new = {label for v in self._of_labels(cohort) for label in v or {}} - set(labels)
+                if new:
+                    notes.append(
+                        f"{cohort.name}: the labels {', '.join(map(str, sorted(new)))} do not occur in the real label "
+                        "maps and are left out."
+                    )
+                if min(len(real), len(own)) < 2:
+                    rows += _no_rows("regions")
+                else:
+                    names = [self.label_names.get(label, f"label {label}") for label in labels]
+                    names = [n if names.count(n) == 1 else f"{n} ({label})" for n, label in zip(names, labels)]
+                    unit = "% of all labels" if self.relative else "mL"
+                    found, data["regions"] = self._compare("region", names, unit, real, own, cohort is cohorts.real)
+                    rows += found
+                    if not self.relative:
+                        notes.append(
+                            "Regions in mL follow the voxel size that the files of the label maps state; generators "
+                            "often write the same one into every file. The switch `relative` compares percent of all "
+                            "labelled voxels instead."
+                        )
+            else:
+                reason = f"only {in_question} label map" if in_question else "no label maps"
+                notes.append(
+                    f"{cohort.name} has {reason}, so it has no rows of regions; its tissues are compared with those "
+                    "of the real volumes, got in the same way."
+                )
+                rows += _no_rows("regions")
+        elif in_question:
+            notes.append(
+                f"The label maps of {cohort.name} are not used: label maps are only compared with label maps, and of "
+                f"the real volumes {with_maps[cohorts.real.name]} have one."
+            )
+        if _needs_tissues(cohorts):
+            found, more, data["tissues"] = self._tissue_part(cohort, cohorts)
+            rows += found
+            notes += more
+        return {"rows": rows, "notes": notes, "data": data}
+
+    def _tissue_part(self, cohort: Cohort, cohorts: Cohorts) -> tuple[list[dict], list[str], dict | None]:
+        """Rows, notes and data of the tissues of one cohort."""
+        notes = [
+            "CSF, grey and white matter are a Gaussian mixture's three classes of intensity (scikit-learn), without "
+            "any knowledge of anatomy: no replacement for a segmentation such as SynthSeg. A voxel between two tissues "
+            "or at the brain's surface falls into the class that is as bright, so CSF comes out too large. Compare "
+            "cohorts by it; do not take a single figure for the anatomy of one brain."
+        ]
+        real, own = (self._of_tissues(c)["percent"] for c in (cohorts.real, cohort))
+        usable = np.isfinite(own).all(1)
+        if not usable.all():
+            notes.append(
+                f"{cohort.name}: {int((~usable).sum())} of {len(cohort)} volumes could not be classified (too few "
+                "voxels or no contrast) and are left out of the tissues."
+            )
+        real, own = real[np.isfinite(real).all(1)], own[usable]
+        if min(len(real), len(own)) < 2:
+            return _no_rows("tissues"), notes, None
+        unit = "% of the brain"
+        rows, data = self._compare("tissue", list(TISSUES), unit, real, own, cohort is cohorts.real)
+        ml = self._of_tissues(cohort)["ml"][usable]
+        data["ml"] = {name: [float(c.mean()), float(c.std(ddof=1))] for name, c in zip(TISSUES, ml.T)}
+        data["ml"]["brain"] = [float(ml.sum(1).mean()), float(ml.sum(1).std(ddof=1))]
+        return rows, notes, data
+
+    def _compare(
+        self, kind: str, names: list[str], unit: str, real: np.ndarray, own: np.ndarray, itself: bool
+    ) -> tuple[list[dict], dict]:
+        """Rows and data of one cohort: `own` (N, K) against `real` (M, K); only its own means if it is the real one."""
+        counts = bootstrap_counts(len(own), self.num_resamples, self.seed)
+        means = counts @ own / len(own)
+        data = {
+            "names": names,
+            "unit": unit,
+            "values": np.round(own, 5).tolist(),
+            "mean": own.mean(0).tolist(),
+            "std": own.std(0, ddof=1).tolist(),
+        }
+        many = len(names) > ROWS_UP_TO
+        rows = []
+        for k, name in enumerate([] if many else names):
+            low, high = interval(means[:, k])
+            rows.append(metric_row(f"{kind}_{_slug(name)}", own[:, k].mean(), low, high, "real", "mean", unit))
+        if itself:
+            for name in [] if many else names:
+                rows.append(metric_row(f"cohen_d_{_slug(name)}", 0.0, np.nan, np.nan, "real", EFFECT))
+            return rows, data
+        d = cohen_d(real, own)
+        of_real = bootstrap_counts(len(real), self.num_resamples, self.seed + 1)
+        resampled = _weighted_d(real, own, of_real, counts)
+        intervals = [interval(column) for column in resampled.T]
+        p = permutation_p(real, own, self.num_permutations, self.seed)
+        p_fdr = false_discovery_control(p)
+        data |= {
+            "cohen_d": [_finite(value) for value in d],
+            "cohen_d_low": [_finite(low) for low, _ in intervals],
+            "cohen_d_high": [_finite(high) for _, high in intervals],
+            "p": p.tolist(),
+            "p_fdr": p_fdr.tolist(),
+        }
+        for k, name in enumerate([] if many else names):
+            rows.append(metric_row(f"cohen_d_{_slug(name)}", d[k], *intervals[k], "real", EFFECT))
+        note = f"permutation test of the mean, {self.num_permutations} permutations, Benjamini-Hochberg corrected"
+        for k, name in enumerate([] if many else names):
+            rows.append(metric_row(f"p_fdr_{_slug(name)}", p_fdr[k], np.nan, np.nan, None, note))
+        largest = np.nanmax(np.abs(d)) if np.isfinite(d).any() else np.nan
+        note = f"largest of {len(names)} {kind}s"
+        rows.append(metric_row(f"max_abs_cohen_d_{kind}s", largest, np.nan, np.nan, "lower", note))
+        note = f"of {len(names)} {kind}s: means that differ, at a false-discovery rate of {FALSE_DISCOVERY:g}"
+        different = int((p_fdr < FALSE_DISCOVERY).sum())
+        rows.append(metric_row(f"{kind}s_different", different, np.nan, np.nan, "lower", note))
+        spread = real.std(0, ddof=1)
+        varied = spread > 1e-9 * np.abs(real.mean(0))
+        if varied.any():
+            x, y = ((v[:, varied] - real.mean(0)[varied]) / spread[varied] for v in (real, own))
+            w = wasserstein_with_chance(x, y, self.max_volumes, self.num_resamples, self.seed)
+            data["wasserstein"] = w
+            note = f"distance of the joint distributions of {int(varied.sum())} {kind}s, in real SD a {kind}"
+            rows.append(metric_row(f"wasserstein_{kind}s", w["value"], w["low"], w["high"], "lower", note, "real SD"))
+            note = "what as many volumes of one population give: mean and 95 % of relabellings; copies are nearer"
+            chance = (w["chance"], w["chance_low"], w["chance_high"])
+            rows.append(metric_row(f"wasserstein_{kind}s_chance", *chance, None, note, "real SD"))
+        return rows, data
+
+    # Pictures and tables.
+
+    def draw(self, results: dict[str, dict], cohorts: Cohorts, folder: str) -> list[dict]:
+        """For regions and tissues, where there are any: distributions, effect sizes, a table; and the classes."""
+        os.makedirs(folder, exist_ok=True)
+        colours = cohorts.colours
+        shown = []
+        for kind in ("regions", "tissues"):
+            parts = {c.name: results.get(c.name, {}).get("data", {}).get(kind) for c in cohorts}
+            parts = {name: part for name, part in parts.items() if part}
+            if cohorts.real.name not in parts:
+                continue
+            if kind == "tissues":
+                caption = (
+                    "The first volume of each cohort, its middle slices and their classes: CSF blue, grey matter grey, "
+                    "white matter white. Judge here whether the classification can be trusted."
+                )
+                figure = _draw_classes(cohorts, self.seed)
+                shown.append(save_figure(figure, folder, "anatomy_tissue_maps.png", "Tissue classes", caption))
+            of_real = parts[cohorts.real.name]
+            order = _by_difference(parts, len(of_real["names"]))[:PANELS_UP_TO]
+            left_out = len(of_real["names"]) - len(order)
+            note = f" The {left_out} regions that differ least are not drawn." if left_out else ""
+            caption = f"A dot is a volume; boxes show quartiles, diamonds the mean. In {of_real['unit']}.{note}"
+            figure = _draw_distributions(parts, colours, order)
+            shown.append(save_figure(figure, folder, f"anatomy_{kind}.png", f"Distributions of {kind}", caption))
+            if len(parts) > 1:
+                caption = (
+                    "Cohen's d of each mean against the real one, with 95 % bootstrap intervals over volumes; filled "
+                    f"where the false-discovery rate is below {FALSE_DISCOVERY:g}. Right: larger than in real volumes. "
+                    f"Shaded: less than 0.2, a small effect.{note}"
+                )
+                figure, file = _draw_effects(parts, colours, order), f"anatomy_{kind}_cohen_d.png"
+                shown.append(save_figure(figure, folder, file, f"Effect sizes of {kind}", caption))
+            shown.append(_table(kind, parts, cohorts.real.name))
+        return shown
+
+
+def _by_difference(parts: dict[str, dict], number: int) -> list[int]:
+    """The regions that differ most, in their own order, cut by the caller; all in order where few."""
+    if number <= PANELS_UP_TO:
+        return list(range(number))
+    effects = [[abs(d or 0) for d in part["cohen_d"]] for part in parts.values() if "cohen_d" in part]
+    largest = np.max(effects, 0) if effects else np.zeros(number)
+    return sorted(np.argsort(-largest, kind="stable")[:PANELS_UP_TO].tolist())
+
+
+def _draw_distributions(parts: dict[str, dict], colours: dict[str, str], order: Sequence[int]) -> Figure:
+    """A panel a region, a box a cohort."""
+    names = next(iter(parts.values()))["names"]
+    across = min(len(order), 3 if len(order) <= 6 else 5)
+    down = -(-len(order) // across)
+    figure = Figure(figsize=(9.1, 0.6 + (3.0 if across <= 3 else 1.7) * down), dpi=110, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    rng = np.random.default_rng(0)
+    for panel, k in zip(panels, order):
+        for place, (name, part) in enumerate(parts.items()):
+            values = np.array(part["values"])[:, k]
+            jitter = place + rng.uniform(-0.25, 0.25, len(values))
+            panel.plot(jitter, values, ".", color=colours[name], markersize=3, alpha=0.4, zorder=1)
+            draw_box(panel, place, values, colours[name], 4)
+        panel.set_title(names[k] if across <= 3 else fill(names[k], 18), fontsize=10 if across <= 3 else 8)
+        panel.set_xticks([])
+        panel.set_xlim(-0.6, len(parts) - 0.4)
+        panel.tick_params(labelsize=8 if across <= 3 else 7)
+    for panel in panels[len(order) :]:
+        panel.axis("off")
+    figure.supylabel(next(iter(parts.values()))["unit"], fontsize=9)
+    _legend(figure, parts, colours)
+    return figure
+
+
+def _draw_effects(parts: dict[str, dict], colours: dict[str, str], order: Sequence[int]) -> Figure:
+    """Cohen's d with its interval: a line a region, a mark a cohort."""
+    compared = {name: part for name, part in parts.items() if "cohen_d" in part}
+    names = next(iter(parts.values()))["names"]
+    height = 1.2 + 0.1 * len(order) * (len(compared) + 1)
+    figure = Figure(figsize=(9.1, height), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-0.2, 0.2, color="0.93", zorder=0)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=1)
+    for line in range(1, len(order)):
+        axes.axhline(line - 0.5, color="0.85", linewidth=0.6, zorder=0)
+    for place, (name, part) in enumerate(compared.items()):
+        for line, k in enumerate(order):
+            d, low, high = (part[key][k] for key in ("cohen_d", "cohen_d_low", "cohen_d_high"))
+            if d is None:
+                continue
+            y = line + (place - (len(compared) - 1) / 2) * 0.8 / max(len(compared), 2)
+            if low is not None:
+                axes.plot([low, high], [y, y], color=colours[name], linewidth=1.5, zorder=2)
+            face = colours[name] if part["p_fdr"][k] < FALSE_DISCOVERY else "white"
+            axes.plot(d, y, "o", markersize=5, markeredgecolor=colours[name], markerfacecolor=face, zorder=3)
+    axes.set_yticks(range(len(order)), [names[k] for k in order], fontsize=8 if len(order) > 12 else 9)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_xlabel("Cohen's d against the real volumes")
+    _legend(figure, compared, colours)
+    return figure
+
+
+def _draw_classes(cohorts: Cohorts, seed: int) -> Figure:
+    """A row a cohort: the slices of its first volume, and beside them their classes."""
+    shown = list(cohorts)
+    figure = Figure(figsize=(9.1, 0.2 + 1.75 * len(shown)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False)
+    colours = ListedColormap(["black", "tab:blue", "0.55", "white"])
+    for (left, right), cohort in zip(panels, shown):
+        volume = cohort.volumes[0].astype(np.float32)
+        tissues = classify(volume, seed)
+        classes = np.zeros(volume.shape, np.uint8) if tissues is None else tissue_map(volume, tissues)
+        left.set_title(cohort.name, fontsize=9, loc="left")
+        left.imshow(triplanar(volume), cmap="gray", vmin=-1, vmax=1)
+        right.imshow(triplanar(classes), cmap=colours, vmin=-0.5, vmax=3.5, interpolation="nearest")
+    for panel in panels.ravel():
+        panel.axis("off")
+    return figure
+
+
+def _table(kind: str, parts: dict[str, dict], real: str) -> dict:
+    """One line a region: means and standard deviations; d with its interval and the corrected p of each cohort."""
+    of_real = parts[real]
+    others = {name: part for name, part in parts.items() if name != real}
+    columns = [kind[:-1], f"{real}: mean (SD)"]
+    for name in others:
+        columns += [f"{name}: mean (SD)", f"{name}: d [95 %]", f"{name}: p (FDR)"]
+    lines = []
+    for k, region in enumerate(of_real["names"]):
+        line = [f"{region}, {of_real['unit']}", _spread(of_real["mean"][k], of_real["std"][k])]
+        for part in others.values():
+            d, low, high = (part[key][k] for key in ("cohen_d", "cohen_d_low", "cohen_d_high"))
+            bracket = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+            line.append(_spread(part["mean"][k], part["std"][k]))
+            line += [None if d is None else f"{d:.2f}{bracket}", f"{part['p_fdr'][k]:.2g}"]
+        lines.append(line)
+    for region in of_real.get("ml", {}):
+        line = [f"{region}, mL", _spread(*of_real["ml"][region])]
+        for part in others.values():
+            line += [_spread(*part["ml"][region]), "", ""]
+        lines.append(line)
+    line = ["Wasserstein distance of all", ""]
+    for part in others.values():
+        w = part.get("wasserstein")
+        line += [f"{w['value']:.3f}", f"chance {w['chance']:.3f}", f"{w['p']:.2g}"] if w else ["", "", ""]
+    if others:
+        lines.append(line)
+    caption = (
+        "SD over volumes. p: two-sided permutation test of the difference of means, Benjamini-Hochberg corrected over "
+        "the lines of one cohort; it takes the volumes for independent, so repeated volumes make it too small. The "
+        "Wasserstein distance is in real standard deviations; chance is its mean when all volumes are relabelled at "
+        "random, p the fraction of relabellings that reach it."
+    )
+    if "ml" in of_real:
+        caption += (
+            " mL follow the voxel size of each file, which generators give to all volumes alike: they are not tested."
+        )
+    return {"table": {"columns": columns, "rows": lines}, "title": f"All {kind}", "caption": caption}
+
+
+def _spread(mean: float, std: float) -> str:
+    digits = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 10 else 2
+    return f"{mean:.{digits}f} ({std:.{digits}f})"
+
+
+def _legend(figure: Figure, parts: dict[str, dict], colours: dict[str, str]) -> None:
+    handles = [Line2D([], [], color=colours[name], marker="o", linewidth=1.5, label=name) for name in parts]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9, frameon=False)

@@ -1,0 +1,1 @@
+"""A sampling run and the files that it writes. Imports running, data and diffusion."""
