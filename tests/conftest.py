@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, create_workflow
+from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
@@ -20,6 +21,11 @@ from scripts.data.phantoms import phantom_cohort
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the tests run in several processes, a core each
+OUT_OF_MEMORY = (  # as PyTorch says it
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.06 GiB is free."
+    " Including non-PyTorch memory, this process has 78.08 GiB memory in use."
+)
+OUT_OF_MEMORY_SHORT = "asked 2.50 GiB, free 1.06 GiB of 79.15 GiB"
 TINY_NETWORK = {
     "spatial_shape": "[16,16,16]",
     "channels": "[8,8]",
@@ -63,6 +69,35 @@ def sample(ckpt_path: Path, output: Path, **overrides: object) -> subprocess.Com
     """A tiny sampling run from weights of `train`."""
     places = {"config_file": "configs/inference.json", "ckpt_path": ckpt_path, "output_dir": output, "num_samples": 2}
     return run_bundle("run", **TINY_NETWORK | places | overrides)
+
+
+def run_two(*verb, launcher=("--standalone",), overlays=(), env=None, **overrides):
+    """A command of the bundle in two processes; stdout and stderr come as text."""
+    config = [overrides.pop("config_file"), *overlays]
+    options = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node=2"]  # wherever PATH leads
+    command = [*torchrun, "-m", "monai.bundle", *verb, "--config_file", str(config)]
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore") | (env or {})
+    return subprocess.run([*command, *options], cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
+
+
+def train_two(dataset_dir, output, overlays=(), **options):
+    places = {"dataset_dir": dataset_dir, "output_dir": output, "ckpt_dir": output / "models"}
+    knobs = {"config_file": "configs/train.json"} | TINY_TRAINING | places | options
+    return run_two("run", "training", overlays=("configs/multi_gpu_train.json", *overlays), **knobs)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def preprocessing(side=16):
+    """Of configs/train.json."""
+    parser = ConfigParser()
+    parser.read_config(ROOT / "configs" / "train.json")
+    parser["spatial_shape"] = [side] * 3
+    return parser.get_parsed_content("train#preprocessing")
 
 
 def workflow(kind: str, output: Path, **knobs: object) -> ConfigWorkflow:

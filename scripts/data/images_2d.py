@@ -1,4 +1,4 @@
-"""2D images: PNG, JPEG and NIfTI slices read as grey images of one convention, and samples written as PNG.
+"""Images in 2D: PNG, JPEG and NIfTI slices read as grey images of one convention, and samples written as PNG.
 
 In memory the first axis of an image runs to the right and the second upwards, as in an axial NIfTI slice turned to RAS;
 in a PNG rows run downwards.

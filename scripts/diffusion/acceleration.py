@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scripts.diffusion.networks import unet_of
-from scripts.running.checks import COMPILE_MODES, check_knobs, switch
+from scripts.running.checks import check_knobs, switch
 from scripts.running.errors import BundleError
+from scripts.running.knobs import COMPILE_MODES
 
 logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
@@ -123,3 +124,40 @@ def prepared(
     if mode is not None:
         compiled(unet, mode)
     return network
+
+
+def amp_dtype(
+    amp: str, device: str | torch.device, spatial_shape: Sequence[int] = (), levels: int = 1
+) -> torch.dtype | None:
+    """The type that autocast uses, or None for plain float32.
+
+    On a CPU, PyTorch 2.13 writes past its memory in the weight gradient of a 3D convolution in
+    bfloat16 where a side of its input is 2: infinite weights, or a crash. A training whose network comes down to that
+    is kept in float32.
+
+    Args:
+        amp: "auto" is bfloat16 on a GPU or CPU that has it in hardware, float16 on an older GPU, float32 on an older
+            CPU; else one of "float32", "bfloat16", "float16" (float16 only on a GPU: its loss must be scaled).
+        device: where the network runs.
+        spatial_shape: of the volumes to train on; nothing where only the forward pass is needed, which is right.
+        levels: of the network, and of wavelets around it, each of half the sides.
+    """
+    device = torch.device(device)
+    choices = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    coarsest = [side // 2 ** (levels - 1) for side in spatial_shape]
+    unsafe = device.type == "cpu" and len(coarsest) == 3 and min(coarsest) <= 2
+    if amp == "auto":
+        if device.type != "cuda":
+            hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return torch.bfloat16 if device.type == "cpu" and hardware and not unsafe else None
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if amp not in choices or (amp == "float16" and device.type != "cuda"):
+        words = ("auto", "float32", "bfloat16") + (("float16",) if device.type == "cuda" else ())
+        raise BundleError(f"amp: {amp!r} cannot be used on {device}; it must be one of {words}")
+    if amp == "bfloat16" and unsafe:
+        raise BundleError(
+            f"amp: 'bfloat16' was given, but the coarsest of the network's {levels} levels has {coarsest} voxels, and "
+            "PyTorch's bfloat16 gradients are wrong on a CPU where a side is 2 or less; auto or float32, a larger "
+            "spatial_shape or fewer levels (key channels) would be right"
+        )
+    return choices[amp]

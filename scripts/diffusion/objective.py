@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 from monai.engines import DiffusionPrepareBatch
+from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import RFlowScheduler, Scheduler
 from monai.utils import unsqueeze_right
 
@@ -133,3 +135,30 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
             labels = [self.label(int(d), int(label)) for d, label in zip(batchdata["draw"], batchdata["class_label"])]
             extra["class_labels"] = torch.tensor(labels).to(images.device, non_blocking=non_blocking)
         return images, wanted, (), extra
+
+
+class AutocastDiffusionInferer(DiffusionInferer):
+    """MONAI's `DiffusionInferer` under autocast (MONAI's engines autocast on CUDA only), and with class labels.
+
+    Args:
+        scheduler: the diffusion scheduler, which adds the noise.
+        amp_dtype: type for autocast, or None for plain float32; see `scripts.diffusion.acceleration.amp_dtype`.
+    """
+
+    def __init__(self, scheduler: Scheduler, amp_dtype: torch.dtype | None = None) -> None:
+        super().__init__(scheduler)
+        self.amp_dtype = amp_dtype
+
+    def __call__(
+        self,
+        inputs: torch.Tensor,
+        diffusion_model: Callable[..., torch.Tensor],
+        *args: Any,
+        class_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """x_0 (B, C, *spatial), class labels (B,) if any -> the network's prediction for its noisy version, float32."""
+        if class_labels is not None:  # MONAI's own call has no way for them
+            diffusion_model = partial(diffusion_model, class_labels=class_labels)
+        with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return super().__call__(inputs, diffusion_model, *args, **kwargs).float()

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from monai.networks.schedulers import RFlowScheduler, Scheduler
 
-from scripts.running.checks import KNOBS, check_knobs
+from scripts.running.checks import check_knobs
+from scripts.running.knobs import KNOBS
 
 PREDICTION_TYPES = KNOBS["prediction_type"].words
 

@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scripts.running.checks import KNOBS, check_knobs
+from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError
+from scripts.running.knobs import KNOBS
 
 SPACINGS = KNOBS["timestep_spacing"].words
 

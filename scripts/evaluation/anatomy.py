@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 
 import nibabel as nib
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
-from scipy.stats import false_discovery_control, permutation_test
+from scipy.stats import false_discovery_control
 from tqdm import tqdm
 
+from scripts.evaluation.anatomy_figures import (
+    PANELS_UP_TO,
+    by_difference,
+    draw_classes,
+    draw_distributions,
+    draw_effects,
+    table,
+)
 from scripts.evaluation.bootstrap import bootstrap_counts, interval
 from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.effects import FALSE_DISCOVERY, cohen_d, permutation_p, wasserstein_with_chance, weighted_d
 from scripts.evaluation.evaluator import metric_row
-from scripts.evaluation.tissue import TISSUES, classify, tissue_map
-from scripts.running.checks import check_knob, check_knobs, switch, whole
+from scripts.evaluation.tissue import TISSUES, classify
+from scripts.running.checks import check_knob, check_knobs, switch
 from scripts.running.errors import BundleError
-from scripts.running.pictures import draw_box, save_figure, triplanar
+from scripts.running.knobs import whole
+from scripts.running.pictures import save_figure
 
 # The labels of SynthSeg, numbered as in FreeSurfer's FreeSurferColorLUT.txt.
 _SIDED = {
@@ -45,9 +49,7 @@ _SIDED = {
 FREESURFER = {14: "3rd ventricle", 15: "4th ventricle", 16: "brain-stem", 24: "CSF"} | {
     label: f"{side} {name}" for name, labels in _SIDED.items() for side, label in zip(("left", "right"), labels)
 }
-FALSE_DISCOVERY = 0.05
 ROWS_UP_TO = 8  # regions with rows of their own; more stand in the table only
-PANELS_UP_TO = 40
 EFFECT = "standardised difference from the real mean; 0.2 is small, 0.5 medium, 0.8 large (Cohen 1988)"
 
 
@@ -74,96 +76,6 @@ def label_volumes(path: str) -> dict[int, float]:
     if not ml > 0:
         raise BundleError(f"label map {path!r} has an affine of volume {ml:g}; one in mm would be right")
     return {int(label): float(count * ml) for label, count in zip(found, counts) if label != 0}
-
-
-def cohen_d(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(mean of y - mean of x) / pooled standard deviation (Cohen 1988), of each column.
-
-    Args:
-        x, y: (N, K) and (M, K), N and M at least 2.
-
-    Returns:
-        (K); nan where both have no spread.
-    """
-    return _weighted_d(x, y, np.ones((1, len(x))), np.ones((1, len(y))))[0]
-
-
-def _weighted_d(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarray) -> np.ndarray:
-    """Cohen's d where volume i of x counts of_x[r, i] times: (R, N), (R, M) -> (R, K)."""
-    centre = np.concatenate([x, y]).mean(0)  # sums of squares lose no digits
-    means, squares, freedom = [], [], len(x) + len(y) - 2
-    for values, counts in ((x - centre, of_x), (y - centre, of_y)):
-        mean = counts @ values / len(values)
-        means.append(mean)
-        squares.append(np.maximum(counts @ values**2 - len(values) * mean**2, 0))
-    spread = np.sqrt((squares[0] + squares[1]) / freedom)
-    spread[spread < 1e-9 * np.abs(centre)] = np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        d = (means[1] - means[0]) / spread
-    return np.where(np.isfinite(d), d, np.nan)
-
-
-def permutation_p(x: np.ndarray, y: np.ndarray, num_permutations: int = 9999, seed: int = 0) -> np.ndarray:
-    """Two-sided p values of the difference of means of each column, by `scipy.stats.permutation_test`.
-
-    Exact where there are no more than `num_permutations` ways to part the volumes into two groups.
-
-    Args:
-        x, y: (N, K) and (M, K).
-    """
-
-    def difference(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-        return a.mean(axis) - b.mean(axis)
-
-    batch = max(1, 2**24 // (x.shape[1] * (len(x) + len(y))))
-    rng = np.random.default_rng(seed)
-    test = permutation_test((x, y), difference, vectorized=True, n_resamples=num_permutations, batch=batch, rng=rng)
-    return np.asarray(test.pvalue)
-
-
-def wasserstein(x: np.ndarray, y: np.ndarray) -> float:
-    """The 1-Wasserstein distance of two sets of N points by optimal assignment, divided by sqrt(K).
-
-    With the Euclidean distance and equal weights, as `scipy.stats.wasserstein_distance_nd`, whose linear programme is
-    far slower. By the root, a shift of every column by s is a distance of s, whatever their number.
-
-    Args:
-        x, y: (N, K) both.
-    """
-    distances = cdist(x, y)
-    rows, columns = linear_sum_assignment(distances)
-    return float(distances[rows, columns].mean() / np.sqrt(x.shape[1]))
-
-
-def wasserstein_with_chance(
-    x: np.ndarray, y: np.ndarray, max_volumes: int = 300, num_resamples: int = 1000, seed: int = 0
-) -> dict[str, float]:
-    """`wasserstein` of two cohorts of any size, with intervals.
-
-    Sets of different size, or larger than `max_volumes`, are compared as random subsets of equal size (the mean of
-    10). Between finite sets of one population the distance is not 0 and grows with the number of columns: "chance" is
-    what random relabelling of all volumes as x and y gives. A resample with replacement repeats volumes, which adds to
-    the distance; the bootstrap values are therefore shifted to have the estimate as their mean.
-
-    Returns:
-        {"value", "low", "high", "chance", "chance_low", "chance_high", "p"}; p is one-sided.
-    """
-    rng = np.random.default_rng(seed)
-    size = min(len(x), len(y), max_volumes)
-    draws = 1 if size == len(x) == len(y) else 10
-    subsets = [[rng.choice(len(z), size, replace=False) for z in (x, y)] for _ in range(draws)]
-    value = float(np.mean([wasserstein(x[i], y[j]) for i, j in subsets]))
-    pooled = np.concatenate([x, y])
-    boot, chance = np.empty(num_resamples), np.empty(num_resamples)
-    for r in tqdm(range(num_resamples), "Wasserstein resamples", leave=False):
-        boot[r] = wasserstein(x[rng.integers(len(x), size=size)], y[rng.integers(len(y), size=size)])
-        order = rng.permutation(len(pooled))[: 2 * size]
-        chance[r] = wasserstein(pooled[order[:size]], pooled[order[size:]])
-    low, high = interval(np.maximum(boot - boot.mean() + value, 0))
-    chance_low, chance_high = interval(chance)
-    p = (1 + int((chance >= value * (1 - 1e-12)).sum())) / (1 + num_resamples)
-    result = {"value": value, "low": low, "high": high, "chance": float(chance.mean())}
-    return result | {"chance_low": chance_low, "chance_high": chance_high, "p": p}
 
 
 def _finite(value: float) -> float | None:
@@ -407,7 +319,7 @@ class Anatomy:
             return rows, data
         d = cohen_d(real, own)
         of_real = bootstrap_counts(len(real), self.num_resamples, self.seed + 1)
-        resampled = _weighted_d(real, own, of_real, counts)
+        resampled = weighted_d(real, own, of_real, counts)
         intervals = [interval(column) for column in resampled.T]
         p = permutation_p(real, own, self.num_permutations, self.seed)
         p_fdr = false_discovery_control(p)
@@ -459,14 +371,14 @@ class Anatomy:
                     "The first volume of each cohort, its middle slices and their classes: CSF blue, grey matter grey, "
                     "white matter white. Judge here whether the classification can be trusted."
                 )
-                figure = _draw_classes(cohorts, self.seed)
+                figure = draw_classes(cohorts, self.seed)
                 shown.append(save_figure(figure, folder, "anatomy_tissue_maps.png", "Tissue classes", caption))
             of_real = parts[cohorts.real.name]
-            order = _by_difference(parts, len(of_real["names"]))[:PANELS_UP_TO]
+            order = by_difference(parts, len(of_real["names"]))[:PANELS_UP_TO]
             left_out = len(of_real["names"]) - len(order)
             note = f" The {left_out} regions that differ least are not drawn." if left_out else ""
             caption = f"A dot is a volume; boxes show quartiles, diamonds the mean. In {of_real['unit']}.{note}"
-            figure = _draw_distributions(parts, colours, order)
+            figure = draw_distributions(parts, colours, order)
             shown.append(save_figure(figure, folder, f"anatomy_{kind}.png", f"Distributions of {kind}", caption))
             if len(parts) > 1:
                 caption = (
@@ -474,137 +386,7 @@ class Anatomy:
                     f"where the false-discovery rate is below {FALSE_DISCOVERY:g}. Right: larger than in real volumes. "
                     f"Shaded: less than 0.2, a small effect.{note}"
                 )
-                figure, file = _draw_effects(parts, colours, order), f"anatomy_{kind}_cohen_d.png"
+                figure, file = draw_effects(parts, colours, order), f"anatomy_{kind}_cohen_d.png"
                 shown.append(save_figure(figure, folder, file, f"Effect sizes of {kind}", caption))
-            shown.append(_table(kind, parts, cohorts.real.name))
+            shown.append(table(kind, parts, cohorts.real.name))
         return shown
-
-
-def _by_difference(parts: dict[str, dict], number: int) -> list[int]:
-    """The regions that differ most, in their own order, cut by the caller; all in order where few."""
-    if number <= PANELS_UP_TO:
-        return list(range(number))
-    effects = [[abs(d or 0) for d in part["cohen_d"]] for part in parts.values() if "cohen_d" in part]
-    largest = np.max(effects, 0) if effects else np.zeros(number)
-    return sorted(np.argsort(-largest, kind="stable")[:PANELS_UP_TO].tolist())
-
-
-def _draw_distributions(parts: dict[str, dict], colours: dict[str, str], order: Sequence[int]) -> Figure:
-    """A panel a region, a box a cohort."""
-    names = next(iter(parts.values()))["names"]
-    across = min(len(order), 3 if len(order) <= 6 else 5)
-    down = -(-len(order) // across)
-    figure = Figure(figsize=(9.1, 0.6 + (3.0 if across <= 3 else 1.7) * down), dpi=110, layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).ravel()
-    rng = np.random.default_rng(0)
-    for panel, k in zip(panels, order):
-        for place, (name, part) in enumerate(parts.items()):
-            values = np.array(part["values"])[:, k]
-            jitter = place + rng.uniform(-0.25, 0.25, len(values))
-            panel.plot(jitter, values, ".", color=colours[name], markersize=3, alpha=0.4, zorder=1)
-            draw_box(panel, place, values, colours[name], 4)
-        panel.set_title(names[k] if across <= 3 else fill(names[k], 18), fontsize=10 if across <= 3 else 8)
-        panel.set_xticks([])
-        panel.set_xlim(-0.6, len(parts) - 0.4)
-        panel.tick_params(labelsize=8 if across <= 3 else 7)
-    for panel in panels[len(order) :]:
-        panel.axis("off")
-    figure.supylabel(next(iter(parts.values()))["unit"], fontsize=9)
-    _legend(figure, parts, colours)
-    return figure
-
-
-def _draw_effects(parts: dict[str, dict], colours: dict[str, str], order: Sequence[int]) -> Figure:
-    """Cohen's d with its interval: a line a region, a mark a cohort."""
-    compared = {name: part for name, part in parts.items() if "cohen_d" in part}
-    names = next(iter(parts.values()))["names"]
-    height = 1.2 + 0.1 * len(order) * (len(compared) + 1)
-    figure = Figure(figsize=(9.1, height), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    axes.axvspan(-0.2, 0.2, color="0.93", zorder=0)
-    axes.axvline(0, color="black", linewidth=0.8, zorder=1)
-    for line in range(1, len(order)):
-        axes.axhline(line - 0.5, color="0.85", linewidth=0.6, zorder=0)
-    for place, (name, part) in enumerate(compared.items()):
-        for line, k in enumerate(order):
-            d, low, high = (part[key][k] for key in ("cohen_d", "cohen_d_low", "cohen_d_high"))
-            if d is None:
-                continue
-            y = line + (place - (len(compared) - 1) / 2) * 0.8 / max(len(compared), 2)
-            if low is not None:
-                axes.plot([low, high], [y, y], color=colours[name], linewidth=1.5, zorder=2)
-            face = colours[name] if part["p_fdr"][k] < FALSE_DISCOVERY else "white"
-            axes.plot(d, y, "o", markersize=5, markeredgecolor=colours[name], markerfacecolor=face, zorder=3)
-    axes.set_yticks(range(len(order)), [names[k] for k in order], fontsize=8 if len(order) > 12 else 9)
-    axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.set_xlabel("Cohen's d against the real volumes")
-    _legend(figure, compared, colours)
-    return figure
-
-
-def _draw_classes(cohorts: Cohorts, seed: int) -> Figure:
-    """A row a cohort: the slices of its first volume, and beside them their classes."""
-    shown = list(cohorts)
-    figure = Figure(figsize=(9.1, 0.2 + 1.75 * len(shown)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(shown), 2, squeeze=False)
-    colours = ListedColormap(["black", "tab:blue", "0.55", "white"])
-    for (left, right), cohort in zip(panels, shown):
-        volume = cohort.volumes[0].astype(np.float32)
-        tissues = classify(volume, seed)
-        classes = np.zeros(volume.shape, np.uint8) if tissues is None else tissue_map(volume, tissues)
-        left.set_title(cohort.name, fontsize=9, loc="left")
-        left.imshow(triplanar(volume), cmap="gray", vmin=-1, vmax=1)
-        right.imshow(triplanar(classes), cmap=colours, vmin=-0.5, vmax=3.5, interpolation="nearest")
-    for panel in panels.ravel():
-        panel.axis("off")
-    return figure
-
-
-def _table(kind: str, parts: dict[str, dict], real: str) -> dict:
-    """One line a region: means and standard deviations; d with its interval and the corrected p of each cohort."""
-    of_real = parts[real]
-    others = {name: part for name, part in parts.items() if name != real}
-    columns = [kind[:-1], f"{real}: mean (SD)"]
-    for name in others:
-        columns += [f"{name}: mean (SD)", f"{name}: d [95 %]", f"{name}: p (FDR)"]
-    lines = []
-    for k, region in enumerate(of_real["names"]):
-        line = [f"{region}, {of_real['unit']}", _spread(of_real["mean"][k], of_real["std"][k])]
-        for part in others.values():
-            d, low, high = (part[key][k] for key in ("cohen_d", "cohen_d_low", "cohen_d_high"))
-            bracket = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-            line.append(_spread(part["mean"][k], part["std"][k]))
-            line += [None if d is None else f"{d:.2f}{bracket}", f"{part['p_fdr'][k]:.2g}"]
-        lines.append(line)
-    for region in of_real.get("ml", {}):
-        line = [f"{region}, mL", _spread(*of_real["ml"][region])]
-        for part in others.values():
-            line += [_spread(*part["ml"][region]), "", ""]
-        lines.append(line)
-    line = ["Wasserstein distance of all", ""]
-    for part in others.values():
-        w = part.get("wasserstein")
-        line += [f"{w['value']:.3f}", f"chance {w['chance']:.3f}", f"{w['p']:.2g}"] if w else ["", "", ""]
-    if others:
-        lines.append(line)
-    caption = (
-        "SD over volumes. p: two-sided permutation test of the difference of means, Benjamini-Hochberg corrected over "
-        "the lines of one cohort; it takes the volumes for independent, so repeated volumes make it too small. The "
-        "Wasserstein distance is in real standard deviations; chance is its mean when all volumes are relabelled at "
-        "random, p the fraction of relabellings that reach it."
-    )
-    if "ml" in of_real:
-        caption += (
-            " mL follow the voxel size of each file, which generators give to all volumes alike: they are not tested."
-        )
-    return {"table": {"columns": columns, "rows": lines}, "title": f"All {kind}", "caption": caption}
-
-
-def _spread(mean: float, std: float) -> str:
-    digits = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 10 else 2
-    return f"{mean:.{digits}f} ({std:.{digits}f})"
-
-
-def _legend(figure: Figure, parts: dict[str, dict], colours: dict[str, str]) -> None:
-    handles = [Line2D([], [], color=colours[name], marker="o", linewidth=1.5, label=name) for name in parts]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9, frameon=False)

@@ -21,7 +21,7 @@ from scripts.evaluation.cohorts import Cohort, Cohorts
 from scripts.running.errors import BundleError
 from scripts.running.files import write_atomically, write_text
 from scripts.running.processes import gathered, share
-from scripts.training.stop import ending_at_once
+from scripts.running.signals import ending_at_once
 
 logger = logging.getLogger(__name__)
 

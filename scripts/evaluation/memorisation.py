@@ -1,4 +1,4 @@
-"""Memorisation and privacy: is a synthetic volume a copy of one that the generator was trained on?
+"""Memorisation and privacy: whether a synthetic volume is a copy of one that the generator was trained on.
 
 Each synthetic volume is compared with every training volume (the real cohort) and every held-out one, as it is and
 mirrored left to right; the larger similarity counts. All correlations are computed; a second similarity (MS-SSIM) only
@@ -26,170 +26,23 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import StepPatch
-from tqdm import tqdm
 
 from scripts.evaluation.bootstrap import bootstrap_counts, interval
 from scripts.evaluation.cohorts import Cohort, Cohorts
-from scripts.evaluation.evaluator import metric_row, slug
+from scripts.evaluation.evaluator import metric_row
+from scripts.evaluation.memorisation_figures import draw_histograms, draw_pairs
+from scripts.evaluation.nearness import (
+    Comparison,
+    correlations,
+    excess_over_chance,
+    label_permutation_p,
+    relative_distance,
+)
 from scripts.running.checks import check_knobs, resolved_device
 from scripts.running.errors import BundleError
-from scripts.running.pictures import save_figure, triplanar
-
-
-def correlations(
-    first: np.ndarray,
-    second: np.ndarray,
-    device: str | torch.device = "cpu",
-    memory: float = 1.0,
-    description: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pearson correlation over the voxels of every volume of `first` with every one of `second`, mirrored or not.
-
-    Args:
-        first: (N, *spatial).
-        second: (M, *spatial); the first spatial axis is left to right.
-        device: where to compute.
-        memory: GiB of standardised volumes held at once; at least three volumes are held.
-        description: of the progress bar; None for no bar.
-
-    Returns:
-        (N, M) float32, the larger correlation of (first[i], second[j]) and (mirror image of first[i], second[j]), and
-        (N, M) bool, True where the mirror image's is larger. A constant volume correlates with nothing: 0.
-
-    Raises:
-        BundleError: the shapes differ.
-    """
-    if first.shape[1:] != second.shape[1:]:
-        raise BundleError(
-            f"memorisation: volumes of {first.shape[1:]} and {second.shape[1:]} voxels cannot be compared; "
-            "all must have one shape"
-        )
-    size = max(1, int(memory * 2**30 / (3 * 4 * np.prod(first.shape[1:]))))
-    values = np.empty((len(first), len(second)), np.float32)
-    flipped = np.empty(values.shape, bool)
-    starts = [(i, j) for i in range(0, len(first), size) for j in range(0, len(second), size)]
-    x = x_flipped = None
-    for i, j in tqdm(starts, description, unit="block", disable=description is None):
-        if j == 0:
-            block = torch.as_tensor(first[i : i + size], device=device)
-            x, x_flipped = _standardised(block), _standardised(block.flip(1))
-        y = _standardised(torch.as_tensor(second[j : j + size], device=device))
-        plain, mirrored = _product(x, y), _product(x_flipped, y)
-        here = np.s_[i : i + size, j : j + size]
-        values[here] = np.maximum(plain, mirrored).clip(-1, 1)
-        # A symmetric volume is its own mirror image; rounding must not decide that it is mirrored.
-        flipped[here] = mirrored > plain + 1e-5
-    return values, flipped
-
-
-def _standardised(volumes: torch.Tensor) -> torch.Tensor:
-    """(B, *spatial) -> (B, voxels) float32 with mean 0 and norm 1, so that a product is a correlation."""
-    x = volumes.flatten(1).float()
-    x = x - x.mean(1, keepdim=True)
-    norm = x.square().sum(1, keepdim=True).sqrt()  # `norm` loses four digits in volumes of 128^3 voxels
-    # The mean of equal float32 numbers is not always exactly that number; what is left is no signal.
-    return torch.where(norm > 1e-5 * x.shape[1] ** 0.5, x / norm.clamp_min(1e-30), 0)
-
-
-def _product(x: torch.Tensor, y: torch.Tensor, length: int = 2**12) -> np.ndarray:
-    """x @ y.T, summed in float64 every `length` voxels: float32 sums over 128^3 voxels lose the fourth digit."""
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32, if the program around it chose so, would lose the third
-    try:
-        total = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-        for start in range(0, x.shape[1], length):
-            total += x[:, start : start + length] @ y[:, start : start + length].T
-    finally:
-        torch.set_float32_matmul_precision(previous)
-    return total.cpu().numpy()
-
-
-def relative_distance(values: np.ndarray, neighbours: int) -> np.ndarray:
-    """r of the module's docstring for each row of correlations.
-
-    Args:
-        values: (N, M); -inf where a pair is left out.
-        neighbours: k, how many of the next nearest are averaged; fewer if there are not so many.
-
-    Returns:
-        (N) float64, 0 for a copy of one volume; nan where fewer than two correlations are finite.
-    """
-    ordered = -np.sort(-np.asarray(values, float), axis=1)[:, : neighbours + 1]
-    distance = np.where(np.isfinite(ordered), 1 - ordered, np.nan)
-    count = np.isfinite(distance[:, 1:]).sum(1)
-    others = np.nansum(distance[:, 1:], axis=1) / np.maximum(count, 1)
-    return np.where((count > 0) & (others > 0), distance[:, 0] / np.where(others > 0, others, 1), np.nan)
-
-
-def excess_over_chance(fraction: np.ndarray | float, num_training: float, num_held_out: float) -> np.ndarray | float:
-    """(fraction - p) / (1 - p) with p = num_training / (num_training + num_held_out): 0 by chance, 1 at most."""
-    chance = num_training / (num_training + num_held_out)
-    return (fraction - chance) / (1 - chance)
-
-
-def label_permutation_p(nearest: np.ndarray, num_training: int, num_held_out: int, resamples: int, seed: int) -> float:
-    """How often shuffled labels put at least as many volumes nearer to "training" as the true ones: a p-value.
-
-    Args:
-        nearest: (N) number of the nearest real volume, training ones first: 0 ... num_training + num_held_out - 1.
-        resamples: shuffles.
-        seed: of the shuffles.
-    """
-    weights = np.bincount(nearest, minlength=num_training + num_held_out)
-    shuffled = np.random.default_rng(seed).permuted(np.tile(weights, (resamples, 1)), axis=1)
-    as_many = (shuffled[:, :num_training].sum(1) >= weights[:num_training].sum()).sum()
-    return float((1 + as_many) / (1 + resamples))
-
-
-@dataclass
-class Comparison:
-    """One cohort against one real one, the reference.
-
-    Attributes:
-        correlation: (N, M); -inf for pairs that do not count (a volume with itself, the same scan twice).
-        flipped: (N, M), whether the mirror image correlates more.
-        index: (N) the nearest by correlation.
-        ms_ssim: (N) the largest second similarity among the candidates; None without one.
-        exact: (N) whether one of the candidates has the same voxels, mirrored or not.
-        duplicates: (D, 2) pairs of real volumes that are the same scan; each pair once.
-    """
-
-    correlation: np.ndarray
-    flipped: np.ndarray
-    index: np.ndarray
-    ms_ssim: np.ndarray | None
-    exact: np.ndarray
-    duplicates: np.ndarray
-
-    @property
-    def nearest(self) -> np.ndarray:
-        """(N) the largest correlation; nan where no pair counts."""
-        largest = self.correlation.max(1).astype(float)
-        return np.where(np.isfinite(largest), largest, np.nan)
-
-    def similarity(self, kind: str) -> np.ndarray:
-        """(N), "correlation" or "ms_ssim"."""
-        return self.nearest if kind == "correlation" else self.ms_ssim
-
-    def data(self) -> dict:
-        """What the figures need, JSON-able."""
-        number = np.arange(len(self.index))
-        return {
-            "index": self.index.tolist(),
-            "flipped": self.flipped[number, self.index].tolist(),
-            **{kind: _plain(self.similarity(kind)) for kind in ("correlation", "ms_ssim") if self.has(kind)},
-        }
-
-    def has(self, kind: str) -> bool:
-        """Whether there are values of that kind."""
-        return kind == "correlation" or self.ms_ssim is not None
 
 
 class Memorisation:
@@ -513,144 +366,11 @@ class Memorisation:
         synthetic = [cohort for cohort in cohorts.synthetic if cohort.name in results]
         if not synthetic:
             return []
-        entries = [self._draw_histograms(results, cohorts, synthetic, folder)]
+        entries = [draw_histograms(results, cohorts, synthetic, folder, self.kinds)]
         for number, cohort in enumerate(synthetic, 1):
-            entries += self._draw_worst(results[cohort.name]["data"], cohort, cohorts.real, folder, number)
+            data = results[cohort.name]["data"]
+            entries += draw_pairs(data, cohort, cohorts.real, folder, number, self.num_worst)
         return entries
-
-    def _draw_histograms(self, results: dict, cohorts: Cohorts, synthetic: list[Cohort], folder: str) -> dict:
-        """A row of panels a synthetic cohort, a column a similarity."""
-        kinds = self.kinds
-        figure = Figure(figsize=(9.1, 0.7 + 2.3 * len(synthetic)), dpi=110, layout="constrained")
-        panels = figure.subplots(len(synthetic), len(kinds), squeeze=False, sharex="col")
-        colours = cohorts.colours
-        for column, kind in enumerate(kinds):
-            everything = [_floats(results[c.name]["data"]["training"][kind]) for c in cohorts if c.name in results]
-            everything += [
-                _floats(results[c.name]["data"]["held_out"][kind])
-                for c in synthetic
-                if results[c.name]["data"]["held_out"]
-            ]
-            finite = np.concatenate(everything)
-            finite = finite[np.isfinite(finite)]
-            low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
-            edges = np.linspace(low - 1e-3, high + 1e-3, 41)
-            for row, cohort in enumerate(synthetic):
-                panel, data = panels[row, column], results[cohort.name]["data"]
-                lines = [("training to other training", "black", ":", cohorts.real.name)]
-                if cohorts.held_out is not None:
-                    lines.append(("held-out to training", "0.5", "-", cohorts.held_out.name))
-                colour = colours[cohort.name]
-                handles = [_stairs(panel, data["training"][kind], edges, color=colour, alpha=0.45, fill=True)]
-                labels = ["synthetic (in colour) to training"]
-                if data["held_out"]:
-                    handles.append(_stairs(panel, data["held_out"][kind], edges, color=colour, linewidth=1.3))
-                    labels.append("synthetic to held-out")
-                for label, colour, style, name in lines:
-                    if name in results:
-                        values = results[name]["data"]["training"][kind]
-                        handles.append(_stairs(panel, values, edges, color=colour, linestyle=style, linewidth=1.2))
-                        labels.append(label)
-                largest = data["largest"].get(kind)
-                if largest is not None:
-                    handles.append(panel.axvline(largest, color="black", linewidth=0.9, linestyle="--"))
-                    labels.append("largest of real volumes")
-                panel.set_title(cohort.name, fontsize=9, loc="left")
-                panel.spines[["top", "right"]].set_visible(False)
-                panel.set_ylabel("fraction of volumes" if column == 0 else "", fontsize=8)
-                panel.tick_params(labelsize=8)
-                panel.tick_params(labelbottom=True)
-            panels[-1, column].set_xlabel(
-                {"correlation": "correlation with the nearest", "ms_ssim": "MS-SSIM with the nearest"}[kind], fontsize=9
-            )
-        legend = figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), fontsize=8)
-        legend.set_frame_on(False)
-        caption = (
-            "Mirror images are compared too. Without memorisation the filled histogram (synthetic to training) lies "
-            "where that of held-out to training lies, and little is right of the dashed line, the most alike two "
-            "different real volumes are. The nearest of few held-out volumes is less similar than the nearest of many "
-            "training volumes by chance."
-        )
-        title = "Similarity to the nearest real volume"
-        return save_figure(figure, folder, "memorisation_nearest.png", title, caption)
-
-    def _draw_worst(self, data: dict, cohort: Cohort, real: Cohort, folder: str, number: int) -> list[dict]:
-        """Picture and table of the pairs that are most alike."""
-        nearest = data["training"]
-        worst = most_similar(_floats(nearest["correlation"]), self.num_worst)
-        images, table = [], []
-        for i in worst:
-            j, flipped = nearest["index"][i], nearest["flipped"][i]
-            first, second = cohort.volumes[i].astype(np.float32), real.volumes[j].astype(np.float32)
-            second = np.flip(second, 0) if flipped else second
-            label = f"correlation {nearest['correlation'][i]:.4f}"
-            ms_ssim = nearest.get("ms_ssim", [None] * len(cohort))[i]
-            if ms_ssim is not None:
-                label += f"\nMS-SSIM {ms_ssim:.4f}"
-            label += "\nmirrored" if flipped else ""
-            images.append((label, triplanar(first), triplanar(second), triplanar(first - second)))
-            row = [len(table) + 1, os.path.basename(cohort.files[i]), os.path.basename(real.files[j])]
-            row += ["yes" if flipped else "no", round(nearest["correlation"][i], 4)]
-            table.append(row + ([] if self.measure is None else [None if ms_ssim is None else round(ms_ssim, 4)]))
-        if not images:
-            return []
-        aspect = images[0][1].shape[0] / images[0][1].shape[1]
-        width = 2.6 if images[0][1].shape[1] > 1.5 * images[0][1].shape[0] else 1.7
-        figure = Figure((3 * width + 1.3, (width * aspect + 0.06) * len(images) + 0.35), dpi=110, layout="constrained")
-        panels = figure.subplots(len(images), 3, squeeze=False)
-        for row, (label, first, second, difference) in enumerate(images):
-            for panel, image in zip(panels[row], (first, second)):
-                panel.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-            shown = panels[row, 2].imshow(difference, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-            panels[row, 0].set_ylabel(f"{row + 1}\n{label}", fontsize=7, rotation=0, ha="right", va="center")
-            for panel in panels[row]:
-                panel.set(xticks=[], yticks=[])
-                panel.spines[:].set_color("0.8")
-        for panel, title in zip(panels[0], (cohort.name, "nearest training volume", "difference")):
-            panel.set_title(title, fontsize=9)
-        bar = figure.colorbar(shown, ax=panels[:, 2].tolist(), fraction=0.04, pad=0.02, shrink=min(1, 2 / len(images)))
-        bar.ax.tick_params(labelsize=7)
-        file = f"memorisation_pairs_{number}_{slug(cohort.name)}.png"
-        title = f"{cohort.name}: the volumes most like a training volume"
-        caption = (
-            f"The {len(images)} of {len(cohort)} volumes that correlate most with a training volume, the training "
-            "volume (as a mirror image where the pair is more alike so), and the difference of both; intensities from "
-            "-1 to 1. MS-SSIM is the largest among the candidates."
-        )
-        columns = ["pair", "synthetic file", "training file", "mirrored", "correlation"]
-        columns += [] if self.measure is None else ["MS-SSIM"]
-        return [
-            save_figure(figure, folder, file, title, caption),
-            {
-                "table": {"columns": columns, "rows": table},
-                "title": f"{title}: files",
-                "caption": "The pairs of the picture, in its order.",
-            },
-        ]
-
-
-def most_similar(values: np.ndarray, count: int) -> list[int]:
-    """Numbers of the `count` largest values, largest first; values that are not finite are left out."""
-    values = np.asarray(values, float)
-    order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
-    return [int(i) for i in order if np.isfinite(values[i])][:count]
-
-
-def _stairs(panel: Axes, values: list, edges: np.ndarray, **style) -> StepPatch:
-    """A histogram as fractions of the values that are finite."""
-    numbers = _floats(values)
-    numbers = numbers[np.isfinite(numbers)]
-    return panel.stairs(np.histogram(numbers, edges)[0] / max(1, len(numbers)), edges, **style)
-
-
-def _plain(values: np.ndarray) -> list[float | None]:
-    """(N) -> JSON-able; what is not finite becomes None."""
-    return [round(float(value), 6) if np.isfinite(value) else None for value in values]
-
-
-def _floats(values: list) -> np.ndarray:
-    """The inverse of `_plain`: None becomes nan."""
-    return np.array([np.nan if value is None else value for value in values], float)
 
 
 def _described(function: Callable | None) -> str | None:

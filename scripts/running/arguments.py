@@ -15,8 +15,8 @@ from monai.bundle.config_item import ComponentLocator, ConfigComponent
 from monai.bundle.reference_resolver import ReferenceResolver
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-from scripts.running.checks import located
 from scripts.running.errors import BundleError
+from scripts.running.knobs import located
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from monai.engines import Evaluator
 from scripts.running.errors import BundleError
 from scripts.running.files import set_aside, write_text
 from scripts.running.locks import remove_partial
-from scripts.running.pictures import MosaicHandler
+from scripts.running.signals import ending_at_once
+from scripts.sampling.mosaic import MosaicHandler
 from scripts.sampling.volumes import TORN, SaveVolumes, made_with, read_sample
-from scripts.training.stop import ending_at_once
 
 logger = logging.getLogger(__name__)
 RECORD = "samples.json"

@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
-from itertools import count
-from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
-from monai.engines import IterationEvents, Trainer
+from monai.engines import IterationEvents
 from monai.utils import CommonKeys
-from torch.utils.tensorboard import SummaryWriter
 
 from scripts.running.errors import BundleError
 from scripts.running.files import set_aside
 from scripts.running.processes import gathered
-from scripts.training.checkpoints import CheckpointHandler, ResumeHandler, checkpoints_in, iteration_of, newest_whole
+from scripts.training.checkpoints import CheckpointHandler, checkpoints_in, iteration_of, newest_whole
 from scripts.training.records import CsvRecord
-from scripts.training.stop import Stop
 
 logger = logging.getLogger(__name__)
 NEWEST, EARLIER = 21, 200  # losses whose medians are compared
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # a disk that is full or gone
 LOWERED = 0.5  # the learning rate after a surge, as a share of the one before
-
-
-class GradientNorm:
-    """Trainer handler: write the norm of the gradient at each step to TensorBoard, and clip it if that is asked for.
-
-    g <- g min(1, max_norm / |g|), with |g| the L2 norm over all parameters together (Pascanu, Mikolov, Bengio 2013,
-    Algorithm 1). It is a hook of the optimizer's step, which sees the sum of all `accumulation_steps`. A `GradScaler`
-    leaves the gradients of a fused optimizer scaled until its kernel, and says by what factor in `grad_scale`.
-
-    Args:
-        optimizer: whose parameters they are.
-        max_norm: the largest norm that is let through, above 0; None for any.
-        summary_writer: gets "gradient_norm", before clipping.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, summary_writer: SummaryWriter) -> None:
-        self.optimizer, self.max_norm, self.summary_writer = optimizer, max_norm, summary_writer
-        self.warned = False
-
-    def attach(self, engine: Engine) -> None:
-        self.optimizer.register_step_pre_hook(partial(self, engine))
-
-    def __call__(self, engine: Engine, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            norm = norm / scale
-        if self.max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        if torch.isfinite(norm):
-            self.summary_writer.add_scalar("gradient_norm", norm, engine.state.iteration)
-        elif scale is None and not self.warned:  # a GradScaler skips such a step
-            self.warned = True
-            logger.warning(
-                f"the gradient is not finite at iteration {engine.state.iteration}, although the loss is: weights may "
-                "be lost for good; --amp float32 would be the first thing to try"
-            )
 
 
 class LossSurge(BundleError):
@@ -162,43 +114,3 @@ class SurgeGuard:
         given_up = [(int(row["iteration"]), row["loss"]) for row in self.losses.rows() if int(row["iteration"]) > back]
         for iteration, loss in [*given_up, (surge.iteration, repr(surge.loss))]:
             self.surges.add(iteration, number, loss, rate)
-
-
-def train(trainer: Trainer, handlers: Sequence[Any], retries: int, stop: Stop | None = None) -> None:
-    """Train to the end, and go back from each surge of the loss.
-
-    Going back is a resume from the newest good checkpoint, one from before the newest 21 losses: weights, EMA, moments,
-    gradient scaler, iteration, and therefore data and noise, are as they were; the learning rate is half of the newest.
-    It is first written into that checkpoint, so that a later resume keeps it, and model.pt becomes the EMA of that
-    checkpoint again. Later checkpoints are moved to `ckpt_dir`/surge_1 (2, ...), and the rows of loss.csv that are
-    given up to surges.csv.
-
-    Args:
-        trainer: with the handlers attached.
-        handlers: among them a `ResumeHandler`, a `SurgeGuard` after it, and a `CheckpointHandler`.
-        retries: how often to go back before stopping.
-        stop: ends the training early if asked to; None for a training that only a kill ends early.
-
-    Raises:
-        BundleError: a surge after the last retry, or one that there is no way back from; says what to try. A file
-            could not be written, as on a full disk.
-        SystemExit: it was ended early, see `scripts.training.stop.Stop`.
-    """
-    kinds = (ResumeHandler, SurgeGuard, CheckpointHandler)
-    resume, guard, checkpoints = (next(h for h in handlers if isinstance(h, kind)) for kind in kinds)
-    trainer.interrupt_resume_enabled = False  # ignite's other loop does not start again after an exception
-    trainer.logger.setLevel(logging.CRITICAL)  # ignite would log that the run ends
-    with stop.watch(trainer, checkpoints) if stop is not None else nullcontext():
-        for number in count(1):
-            try:
-                return trainer.run()
-            except LossSurge as surge:
-                guard.go_back(surge, checkpoints, number, retries)
-                resume.resume = True
-            except OSError as e:
-                if e.errno not in NO_ROOM:
-                    raise
-                raise BundleError(
-                    f"output_dir: a file could not be written at iteration {trainer.state.iteration} ({e.strerror}); "
-                    f"checkpoints in {checkpoints.ckpt_dir!r} are untouched: make room, then --resume true goes on"
-                ) from e

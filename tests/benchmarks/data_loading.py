@@ -26,7 +26,8 @@ from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose
 from torch.utils.data import DataLoader, RandomSampler
 
-from scripts.data.datasets import DrawSampler, VolumeDataset
+from scripts.data.datasets import VolumeDataset
+from scripts.data.draws import DrawSampler
 from scripts.data.find import find_images
 from scripts.data.phantoms import phantom_cohort
 

@@ -18,14 +18,14 @@ from torch import nn
 from scripts.data.conditions import check_table, labels_of, with_classes
 from scripts.data.datasets import VolumeDataset
 from scripts.data.find import require
-from scripts.diffusion.inferers import AutocastDiffusionInferer
-from scripts.diffusion.objective import SeededPrepareBatch
+from scripts.diffusion.objective import AutocastDiffusionInferer, SeededPrepareBatch
 from scripts.diffusion.process import PREDICTION_TYPES
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.weights import load_weights
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, root_bundle_error
-from scripts.running.pictures import PreviewHandler, mosaic
+from scripts.running.pictures import mosaic
+from scripts.training.previews import PreviewHandler
 
 NAMES = ["bright", "dark"]
 NO_CLASS = 2

@@ -14,25 +14,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from monai.bundle import ConfigParser
+from conftest import ROOT, preprocessing
 from monai.data import DataLoader
 from monai.transforms import Compose, LoadImaged, RandFlipd, RandGaussianNoised, RandScaleIntensityd
 
 from scripts.data import datasets
-from scripts.data.datasets import DrawSampler, RepeatSampler, VolumeDataset, hash_of, summarise
+from scripts.data.cache import hash_of
+from scripts.data.datasets import VolumeDataset, summarise
+from scripts.data.draws import DrawSampler, RepeatSampler
 from scripts.data.find import find_images
 from scripts.running.errors import BundleError
 
 CACHES = ("memory", "disk", "none")
-
-
-def preprocessing(side=16):
-    """Of configs/train.json."""
-    parser = ConfigParser()
-    parser.read_config(ROOT / "configs" / "train.json")
-    parser["spatial_shape"] = [side] * 3
-    return parser.get_parsed_content("train#preprocessing")
 
 
 def augmentation():
@@ -313,7 +306,7 @@ def test_equal_content_has_one_hash_whichever_objects_it_is_made_of():
 HASH = """
 import sys
 sys.path[:0] = {paths!r}
-from test_datasets import preprocessing
+from conftest import preprocessing
 from scripts.data.datasets import VolumeDataset
 print(VolumeDataset([], preprocessing(), None, "disk", {cache!r}).volumes.transform_hash)
 """

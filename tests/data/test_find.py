@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 from monai.bundle import ConfigParser
 
-from scripts.data.find import find_images, require, split_by_subject, stem, subjects_of, volumes_below
+from scripts.data.find import find_images, require, stem, volumes_below
+from scripts.data.split import split_by_subject, subjects_of
 from scripts.running.errors import BundleError
 
 

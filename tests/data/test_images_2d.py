@@ -14,14 +14,15 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.data.find import find_images, split_by_subject
+from scripts.data.find import find_images
 from scripts.data.inspect import examine, readable
+from scripts.data.split import split_by_subject
 from scripts.evaluation.by_class import ByClass
 from scripts.evaluation.cohorts import HELD_OUT, Cohort, Cohorts
-from scripts.evaluation.ms_ssim import Diversity
+from scripts.evaluation.diversity import Diversity
 from scripts.running.checks import check_network
 from scripts.running.errors import BundleError
-from scripts.running.pictures import save_denoising
+from scripts.sampling.mosaic import save_denoising
 from scripts.sampling.volumes import SaveVolumes
 
 TRAIN, INFERENCE, EVALUATE = (

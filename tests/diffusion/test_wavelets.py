@@ -13,6 +13,7 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from scipy.linalg import hadamard
 from torch import nn
 
+from scripts.diffusion.description import described
 from scripts.diffusion.process import PREDICTION_TYPES, levels_at, sample_coefficients, target
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.solvers import SOLVERS
@@ -25,9 +26,9 @@ from scripts.diffusion.wavelets import (
     in_wavelets,
     synthesised,
 )
-from scripts.diffusion.weights import described, load_weights
+from scripts.diffusion.weights import load_weights
 from scripts.running.errors import BundleError
-from scripts.training.checkpoints import begin_with
+from scripts.training.start import begin_with
 
 COSINE = DDPMScheduler(250, schedule="cosine")
 OUTER = {

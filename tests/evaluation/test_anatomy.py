@@ -9,16 +9,9 @@ import pytest
 from scipy.stats import false_discovery_control, ttest_ind, wasserstein_distance_nd
 
 from scripts.evaluation import anatomy
-from scripts.evaluation.anatomy import (
-    FREESURFER,
-    Anatomy,
-    cohen_d,
-    label_volumes,
-    permutation_p,
-    wasserstein,
-    wasserstein_with_chance,
-)
+from scripts.evaluation.anatomy import FREESURFER, Anatomy, label_volumes
 from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.effects import cohen_d, permutation_p, wasserstein, wasserstein_with_chance
 from scripts.evaluation.evaluator import without_nan
 from scripts.running.errors import BundleError
 

@@ -7,15 +7,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
-from scripts.evaluation.appearance import (
-    Appearance,
-    mirror_correlation,
-    nearest_distances,
-    outermost_shell,
-    radial_power,
-    slices,
-)
+from scripts.evaluation.appearance import Appearance, nearest_distances
+from scripts.evaluation.appearance_figures import slices
 from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.spectrum import mirror_correlation, outermost_shell, radial_power
 from scripts.running.errors import BundleError
 from scripts.running.pictures import triplanar
 

@@ -4,15 +4,8 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets import resnet10, resnet18, resnet50
 
-from scripts.evaluation.extractors import (
-    MedicalNet,
-    MissingWeights,
-    PCAFeatures,
-    SliceNetwork,
-    haar_octave,
-    resnet_from,
-    without_biases,
-)
+from scripts.evaluation.extractors import MissingWeights, PCAFeatures, haar_octave
+from scripts.evaluation.pretrained import MedicalNet, SliceNetwork, resnet_from, without_biases
 from scripts.running.errors import BundleError
 
 

@@ -9,8 +9,9 @@ from monai.metrics import FIDMetric
 from scipy.ndimage import gaussian_filter
 
 from scripts.evaluation.cohorts import Cohort, Cohorts
-from scripts.evaluation.extractors import MedicalNet, PCAFeatures, SliceNetwork
+from scripts.evaluation.extractors import PCAFeatures
 from scripts.evaluation.fidelity import Fidelity, frechet_distances, prdc, resampled_row, unbiased_mmd, volume_kernel
+from scripts.evaluation.pretrained import MedicalNet, SliceNetwork
 from scripts.running.errors import BundleError
 
 

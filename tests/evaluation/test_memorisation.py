@@ -9,14 +9,9 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import hypergeom
 
 from scripts.evaluation.cohorts import Cohort, Cohorts
-from scripts.evaluation.memorisation import (
-    Memorisation,
-    correlations,
-    excess_over_chance,
-    label_permutation_p,
-    most_similar,
-    relative_distance,
-)
+from scripts.evaluation.memorisation import Memorisation
+from scripts.evaluation.memorisation_figures import most_similar
+from scripts.evaluation.nearness import correlations, excess_over_chance, label_permutation_p, relative_distance
 from scripts.running.errors import BundleError
 
 

@@ -8,7 +8,8 @@ from scipy.ndimage import gaussian_filter
 
 from scripts.evaluation import ms_ssim
 from scripts.evaluation.cohorts import Cohort, Cohorts
-from scripts.evaluation.ms_ssim import Diversity, ms_ssim_pairs, protocol_for, random_pairs, resampled_means
+from scripts.evaluation.diversity import Diversity, resampled_means
+from scripts.evaluation.ms_ssim import ms_ssim_pairs, protocol_for, random_pairs
 from scripts.running.errors import BundleError
 
 W = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])

@@ -176,7 +176,7 @@ def test_a_loader_process_that_is_killed_is_named(copies, tmp_path):
 FILL = """
 import sys
 sys.path[:0] = {paths!r}
-from test_datasets import preprocessing
+from conftest import preprocessing
 from scripts.data.find import find_images
 from scripts.data.datasets import VolumeDataset
 dataset = VolumeDataset(find_images({scans!r}), preprocessing(), None, "disk", {cache!r})

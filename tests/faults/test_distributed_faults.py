@@ -5,8 +5,7 @@ import json
 import signal
 
 import pytest
-from conftest import ROOT, run_bundle, train
-from test_processes import run_two, table, train_two
+from conftest import ROOT, run_bundle, run_two, table, train, train_two
 
 pytestmark = pytest.mark.slow
 LONGER = {"max_iterations": 20, "batch_size": 4, "val_interval": 10, "preview_interval": 20, "checkpoint_interval": 5}

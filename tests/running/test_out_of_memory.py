@@ -2,15 +2,10 @@
 
 import pytest
 import torch
+from conftest import OUT_OF_MEMORY, OUT_OF_MEMORY_SHORT
 
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.running.errors import BundleError
-
-WORDS = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.06 GiB is free."
-    " Including non-PyTorch memory, this process has 78.08 GiB memory in use."
-)
-NUMBERS = "asked 2.50 GiB, free 1.06 GiB of 79.15 GiB"
 
 
 class Small(torch.nn.Module):
@@ -23,7 +18,7 @@ class Small(torch.nn.Module):
     def forward(self, x, timesteps):
         self.passes.append(len(x))
         if len(x) > self.most:
-            raise torch.OutOfMemoryError(WORDS)
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         return self.unet(x, timesteps)
 
 
@@ -42,7 +37,7 @@ def test_sampling_halves_its_batch_and_makes_the_same_volumes(unet, scheduler, a
     volumes = DiffusionSampler(small, scheduler, 2)(noise)
     torch.testing.assert_close(volumes, DiffusionSampler(unet, scheduler, 2)(noise), atol=1e-4, rtol=0)
     assert small.passes == passes  # only what failed is done again, and the limit is kept
-    assert f"out of GPU memory with 5 volumes at a time ({NUMBERS}): going on with 2" in caplog.messages
+    assert f"out of GPU memory with 5 volumes at a time ({OUT_OF_MEMORY_SHORT}): going on with 2" in caplog.messages
 
 
 def test_a_volume_that_does_not_fit_is_refused_with_the_numbers(unet, scheduler, as_on_a_gpu):
@@ -50,7 +45,7 @@ def test_a_volume_that_does_not_fit_is_refused_with_the_numbers(unet, scheduler,
     with pytest.raises(BundleError) as error:
         DiffusionSampler(Small(unet, 0), scheduler, 2)(noise)
     said = str(error.value)
-    assert NUMBERS in said and "batch_size 1, spatial_shape [8, 8, 8], amp float32" in said
+    assert OUT_OF_MEMORY_SHORT in said and "batch_size 1, spatial_shape [8, 8, 8], amp float32" in said
     assert "--batch_size" not in said and "--amp auto" in said
     with pytest.raises(BundleError, match=r"--batch_size 1, or --halve_batch_on_oom true") as error:
         DiffusionSampler(Small(unet, 1), scheduler, 2, halve_batch_on_oom=False)(noise)

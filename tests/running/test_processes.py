@@ -1,8 +1,6 @@
 """Two processes of torchrun, on the CPU, against one: the same losses, weights and volumes."""
 
-import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,33 +8,11 @@ from pathlib import Path
 import ignite.distributed as idist
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, sample, train
+from conftest import ROOT, TINY_NETWORK, run_two, sample, table, train, train_two
 
-from scripts.data.datasets import DrawSampler, RepeatSampler
+from scripts.data.draws import DrawSampler, RepeatSampler
 from scripts.running import processes as distributed
 from scripts.running.errors import BundleError
-
-
-def run_two(*verb, launcher=("--standalone",), overlays=(), env=None, **overrides):
-    """A command of the bundle in two processes; stdout and stderr come as text."""
-    config = [overrides.pop("config_file"), *overlays]
-    options = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node=2"]  # wherever PATH leads
-    command = [*torchrun, "-m", "monai.bundle", *verb, "--config_file", str(config)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore") | (env or {})
-    return subprocess.run([*command, *options], cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
-
-
-def train_two(dataset_dir, output, overlays=(), **options):
-    places = {"dataset_dir": dataset_dir, "output_dir": output, "ckpt_dir": output / "models"}
-    knobs = {"config_file": "configs/train.json"} | TINY_TRAINING | places | options
-    return run_two("run", "training", overlays=("configs/multi_gpu_train.json", *overlays), **knobs)
-
-
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
 
 # what a job of SLURM has in its environment, whose ranks are those of the launchers
 SLURM = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES"), "0") | {

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import workflow
+from conftest import OUT_OF_MEMORY, OUT_OF_MEMORY_SHORT, preprocessing, workflow
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
-from test_out_of_memory import NUMBERS, WORDS
 
 from scripts.data.datasets import VolumeDataset
 from scripts.running.errors import BundleError, LoaderDied, root_bundle_error
@@ -26,7 +25,7 @@ KNOBS = {
 
 
 def out_of_memory():
-    raise torch.OutOfMemoryError(WORDS)
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
 
 def tracker_is_gone():
@@ -51,7 +50,12 @@ def ended(run):
 @pytest.mark.parametrize(
     "event, what, kind, words",
     [
-        (IterationEvents.LOSS_COMPLETED, out_of_memory, BundleError, f"out of GPU memory at iteration 2 .*{NUMBERS}"),
+        (
+            IterationEvents.LOSS_COMPLETED,
+            out_of_memory,
+            BundleError,
+            f"out of GPU memory at iteration 2 .*{OUT_OF_MEMORY_SHORT}",
+        ),
         (Events.ITERATION_COMPLETED, out_of_memory, BundleError, "--batch_size 1 --accumulation_steps 2"),
         (Events.ITERATION_STARTED, kill_loaders, LoaderDied, "num_workers: a loader process has died .*if nobody"),
         (Events.ITERATION_COMPLETED, tracker_is_gone, ConnectionResetError, "the tracker has closed"),
@@ -86,14 +90,14 @@ def failing(error, step=None, **knobs):
 
 
 def test_training_says_what_to_change_and_does_not_name_what_is_done_already():
-    error = failing(torch.OutOfMemoryError(WORDS))
+    error = failing(torch.OutOfMemoryError(OUT_OF_MEMORY))
     assert isinstance(error, BundleError)
     said = str(error)
-    assert f"at iteration 3 of the training ({NUMBERS})" in said and "spatial_shape [128, 128, 128]" in said
+    assert f"at iteration 3 of the training ({OUT_OF_MEMORY_SHORT})" in said and "spatial_shape [128, 128, 128]" in said
     for advice in ("--batch_size 2 --accumulation_steps 2", "--activation_checkpointing all", "--amp auto"):
         assert advice in said
     done = {"batch_size": 1, "activation_checkpointing": "all", "amp_dtype": torch.bfloat16, "accumulation_steps": 4}
-    said = str(failing(torch.OutOfMemoryError(WORDS), **done))
+    said = str(failing(torch.OutOfMemoryError(OUT_OF_MEMORY), **done))
     assert "amp bfloat16" in said and "--" not in said and "a smaller spatial_shape" in said
     assert "(HIP out of memory)" in str(failing(torch.OutOfMemoryError("HIP out of memory. More words.")))
 
@@ -147,7 +151,6 @@ def test_a_connection_that_ends_within_the_loader_is_a_dead_process(error, monke
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_torn_file_ends_a_training_with_one_sentence(num_workers, cohort, tmp_path):
-    from test_datasets import preprocessing
 
     torn = tmp_path / "torn.nii.gz"
     torn.write_bytes(Path(next(cohort.glob("*.nii.gz"))).read_bytes()[:300])

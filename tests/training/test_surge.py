@@ -17,12 +17,17 @@ from monai.engines import SupervisedTrainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from scripts.data.datasets import DrawSampler
+from scripts.data.draws import DrawSampler
 from scripts.running.errors import BundleError
-from scripts.running.pictures import EpochsHandler, PreviewHandler, triplanar
-from scripts.training.checkpoints import CheckpointHandler, RampedEMAHandler, ResumeHandler
-from scripts.training.records import CsvRecord, TrainingRecord
-from scripts.training.surge import GradientNorm, LossSurge, SurgeGuard, train
+from scripts.running.pictures import triplanar
+from scripts.training.checkpoints import CheckpointHandler
+from scripts.training.optimisation import GradientNorm, RampedEMAHandler
+from scripts.training.previews import EpochsHandler, PreviewHandler
+from scripts.training.progress import TrainingRecord
+from scripts.training.records import CsvRecord
+from scripts.training.resume import ResumeHandler
+from scripts.training.run import train
+from scripts.training.surge import LossSurge, SurgeGuard
 
 
 class Scalars:

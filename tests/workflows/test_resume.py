@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, workflow
 
-from scripts.data.find import subjects_of
-from scripts.diffusion.weights import DESCRIBING, labelled, save_weights
+from scripts.data.split import subjects_of
+from scripts.diffusion.description import DESCRIBING, labelled
+from scripts.diffusion.weights import save_weights
 from scripts.running.errors import root_bundle_error
 
 KNOBS = list(json.loads((ROOT / "configs/train.json").read_text()))

@@ -12,20 +12,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, sample, train
+from conftest import ROOT, preprocessing, sample, train
 from monai.bundle import ConfigParser
 from monai.handlers import CheckpointLoader
-from test_datasets import preprocessing
 
 from scripts.data.datasets import VolumeDataset
 from scripts.data.find import find_images
 from scripts.data.inspect import readable
-from scripts.diffusion.weights import load_file
+from scripts.diffusion.state_dicts import load_file
 from scripts.evaluation.evaluator import slug
-from scripts.evaluation.extractors import read_state_dict
+from scripts.evaluation.pretrained import read_state_dict
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, root_bundle_error
-from scripts.training.checkpoints import begin_with, checkpoints_in, newest_whole
+from scripts.training.checkpoints import checkpoints_in, newest_whole
+from scripts.training.start import begin_with
 
 MARK = "PATIENT_X"
 

@@ -1,0 +1,75 @@
+"""Where a training begins: new, with the weights of a file, or grown from a coarser network."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from scripts.diffusion.description import DESCRIBING, check_described, described
+from scripts.diffusion.networks import unet_of
+from scripts.diffusion.state_dicts import check_finite, check_fits, read_state_dict
+from scripts.diffusion.wavelets import bands_of, grown
+from scripts.diffusion.weights import load_weights
+from scripts.running.errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+
+def begin_with(
+    ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, expected: Mapping[str, Any] | None = None
+) -> None:
+    """Let a training begin with the weights of a file instead of random ones; None changes nothing.
+
+    Fine-tuning: the file may come from a training of another `spatial_shape`, since the network is convolutional.
+    Growing: it may come from a network of fewer wavelet levels and coarser voxels, see `grow`.
+
+    Args:
+        ckpt_path, expected: see `load_weights`.
+        network, ema_network: receive the weights.
+    """
+    if ckpt_path is None:
+        return
+    state_dict = read_state_dict(ckpt_path) if os.path.isfile(ckpt_path) else {}
+    if getattr(unet_of(network), "in_channels", 0) > bands_of(state_dict) > 0:
+        grow(state_dict, ckpt_path, network, expected or {})
+    else:
+        load_weights(network, ckpt_path, expected={k: v for k, v in (expected or {}).items() if DESCRIBING[k].fixed})
+    ema_network.load_state_dict(network.state_dict())
+    logger.info(f"training begins with the weights of {ckpt_path}")
+
+
+def grow(state_dict: dict, ckpt_path: str, network: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Load a coarse network's weights into a `WaveletUNet` of more levels, whose volumes begin as the coarse ones.
+
+    The coarse network may predict anything at any schedule: `WaveletUNet` was told which (`coarse_process`).
+
+    Raises:
+        BundleError: nobody has written down what the coarse network predicts, its volumes are not of the side of the
+            new ones' means, its weights are not finite, or the networks differ otherwise.
+    """
+    unet, description, spatial_shape = unet_of(network), described(ckpt_path), expected["spatial_shape"]
+    levels = round(math.log2(unet.in_channels / bands_of(state_dict)) / len(spatial_shape))
+    if not description:
+        raise BundleError(
+            f"init_ckpt: {ckpt_path!r} does not say how it was trained, and no JSON file beside it does; a network "
+            "that is grown must know it: the model.json of that training would be right"
+        )
+    coarse, wanted = description.get("spatial_shape"), [side // 2**levels for side in spatial_shape]
+    if coarse not in (None, wanted):
+        right = [side * 2**levels for side in coarse]
+        raise BundleError(
+            f"init_ckpt: {ckpt_path!r} was trained on volumes of {coarse}; with {levels} more of wavelet_levels it can "
+            f"be grown to {right}, but spatial_shape is {list(spatial_shape)}"
+        )
+    same = {key: value for key, value in expected.items() if DESCRIBING[key].of_unet}
+    check_described(description, same, ckpt_path)
+    check_finite(state_dict, ckpt_path)
+    weights = grown(state_dict, unet.in_channels)
+    check_fits(network, weights, ckpt_path)
+    network.load_state_dict(weights)
+    logger.info(f"grown from {coarse or 'coarser volumes'} to {list(spatial_shape)}")
