@@ -40,6 +40,7 @@ TINY_TRAINING = TINY_NETWORK | {
     "val_interval": "3",
     "preview_interval": "6",
     "preview_samples": "1",
+    "preview_steps": "10",
     "checkpoint_interval": "2",
     "num_workers": "0",
     "learning_rate": "0.001",

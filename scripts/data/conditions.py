@@ -6,54 +6,37 @@ becomes that is dropped in training (Ho & Salimans 2022, "Classifier-free diffus
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError
+from scripts.running.tables import read_table
 
 
 def check_table(class_names: Sequence[str] | None, class_table: str | None) -> None:
-    """A table of classes goes with their names, can be read, and has no other classes.
-
-    Raises:
-        BundleError: names the key.
-    """
-    if class_table is not None and not class_names:
-        raise BundleError(
-            f"class_table: {class_table!r} was given without class_names; the list of its classes would be right"
-        )
+    """A table of classes can be read, and has no other classes than `class_names`. See `classes_in_table`."""
     if class_table is not None:
-        read_table(class_table, class_names, "")
+        classes_in_table(class_table, class_names or (), "")
 
 
-def read_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
+def classes_in_table(class_table: str, class_names: Sequence[str], dataset_dir: str) -> dict[str, str]:
     """{absolute path: class} of a CSV file with the columns `file` (absolute, or from `dataset_dir`) and `class`.
 
     Raises:
         BundleError: no such table, other columns, a class that `class_names` lacks, one file with two classes.
     """
     classes: dict[str, str] = {}
-    try:
-        with open(class_table, newline="", encoding="utf-8-sig") as table:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(table)
-            columns, rows = list(reader.fieldnames or ()), [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise BundleError(
-            f"class_table: {class_table!r} cannot be read ({e}); a CSV file with the columns 'file' and 'class' would "
-            "be right"
-        ) from e
-    if not {"file", "class"} <= set(columns):
-        raise BundleError(f"class_table: {class_table!r} has the columns {columns}; 'file' and 'class' would be right")
-    for line, row in rows:
-        file, name = ((row[key] or "").strip() for key in ("file", "class"))
-        where = f"class_table: {class_table!r}, line {line}: {file!r}"
-        if name not in class_names:
-            raise BundleError(f"{where} has the class {name!r}; it must be one of {list(class_names)} (class_names)")
-        path = os.path.realpath(os.path.join(dataset_dir, file))
-        if classes.setdefault(path, name) != name:
-            raise BundleError(f"{where} has the class {name!r}, and {classes[path]!r} in a line before; one is right")
+    right = "a CSV file with the columns 'file' and 'class'"
+    for line, row in read_table(class_table, ("file", "class"), "class_table", right):
+        where = f"class_table: {class_table!r}, line {line}: {row['file']!r}"
+        if row["class"] not in class_names:
+            raise BundleError(
+                f"{where} has the class {row['class']!r}; it must be one of {list(class_names)} (class_names)"
+            )
+        path = os.path.realpath(os.path.join(dataset_dir, row["file"]))
+        if classes.setdefault(path, row["class"]) != row["class"]:
+            raise BundleError(f"{where} has the class {row['class']!r}, and {classes[path]!r} in a line before")
     return classes
 
 
@@ -62,11 +45,11 @@ def classes_of(
 ) -> list[str | None]:
     """The class of each file, None where it has none: the one rule, for training and evaluation.
 
-    It is that of its line in `class_table`, see `read_table`; without a table that of the innermost folder below
+    It is that of its line in `class_table`, see `classes_in_table`; without a table that of the innermost folder below
     `folder` whose name is a class.
     """
     if class_table is not None:
-        classes = read_table(class_table, class_names, folder)
+        classes = classes_in_table(class_table, class_names, folder)
         return [classes.get(os.path.realpath(path)) for path in paths]
     inner_first = [os.path.relpath(path, folder).split(os.sep)[-2::-1] for path in paths]
     return [next((name for name in names if name in class_names), None) for names in inner_first]
@@ -95,19 +78,19 @@ def with_classes(
     if class_table is None:
         problem, right = "lie in no folder", f"folders named {list(class_names)} (class_names), or a class_table,"
     else:
-        classes = read_table(class_table, class_names, dataset_dir)
+        classes = classes_in_table(class_table, class_names, dataset_dir)
         if missing := sorted(set(classes) - set(map(os.path.realpath, paths))):
             raise BundleError(
                 f"class_table: {class_table!r} names {len(missing)} files that are not among the {len(images)} images "
-                f"of dataset_dir, for example {missing[0]!r}; the path of an image, absolute or from {dataset_dir!r}, "
-                "would be right"
+                f"of dataset_dir, for example {missing[0]!r}; expected the path of an image, absolute or from "
+                f"{dataset_dir!r}"
             )
         problem, right = f"have no line in {class_table!r}", "a line for each"
     without = [path for path, name in zip(paths, found) if name is None]
     if without:
         raise BundleError(
             f"{'class_names' if class_table is None else 'class_table'}: {len(without)} of {len(images)} images "
-            f"{problem} and so have no class, for example {without[0]!r}; {right} would be right"
+            f"{problem} and so have no class, for example {without[0]!r}; expected {right}"
         )
     return [item | {"class_label": list(class_names).index(name)} for item, name in zip(images, found)]
 
@@ -147,8 +130,8 @@ def labels_of(
         raise BundleError(f"class_label: an empty list was given; it must be {known}")
     check_knobs(guidance_scale=guidance_scale)
     if guidance_scale != 1 and set(labels) == {len(names)}:
-        right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names),"
+        right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names)"
         raise BundleError(
-            f"guidance_scale: {guidance_scale} was given, but there is no class to guide to; {right} would be right"
+            f"guidance_scale: {guidance_scale} was given, but there is no class to guide to; expected {right}"
         )
     return labels

@@ -56,7 +56,7 @@ def files_below(folder: str, key: str = "dataset_dir") -> list[str]:
     def refuse(error: OSError) -> None:
         if os.path.lexists(folder):
             reason = f"{error.filename!r} cannot be searched ({error.strerror})"
-            raise BundleError(f"{key}: {reason}; folders that can be read would be right") from error
+            raise BundleError(f"{key}: {reason}; expected folders that can be read") from error
 
     files, seen, waiting = [], set(), [folder]
     while waiting:  # links come last: a file that has two paths gets the one without
@@ -105,9 +105,9 @@ def find_images(
             fits no file.
     """
     if mask_suffix and spatial_dims == 2:
-        raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; null would be right")
+        raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; expected null")
     if image_pattern is not None and (not isinstance(image_pattern, str) or not image_pattern):
-        right = "null or a pattern such as '*_T1w.nii.gz' would be right"
+        right = "expected null or a pattern such as '*_T1w.nii.gz'"
         raise BundleError(f"image_pattern: {image_pattern!r} was given; {right}")
     every = files_below(dataset_dir, key)
     files = [file for file in every if is_image(file, spatial_dims)]
@@ -123,7 +123,7 @@ def find_images(
         if files and not images:
             raise BundleError(
                 f"image_pattern: {image_pattern!r} fits none of the {len(files)} files in {key}, such as "
-                f"{os.path.relpath(files[0], dataset_dir)!r}; a pattern of some of them would be right"
+                f"{os.path.relpath(files[0], dataset_dir)!r}; expected a pattern of some of them"
             )
         logger.info(f"{key}: {len(images)} of {len(files)} files fit the image_pattern {image_pattern!r}")
     images = once(key, images)
@@ -208,13 +208,14 @@ def require(dataset_dir: str, training: Sequence, class_names: Sequence[str] | N
         without = [name for label, name in enumerate(class_names or ()) if label not in labels]
         if without:
             raise BundleError(
-                f"class_names: of {len(training)} images to train on none is of {without}; at least one of each of "
-                f"{list(class_names)} would be right"
+                f"class_names: of {len(training)} images to train on none is of {without}; expected at least one of "
+                "each of "
+                f"{list(class_names)}"
             )
         return
     found = "it holds no usable images" if os.path.isdir(dataset_dir) else "there is no such folder"
     raise BundleError(
-        f"dataset_dir: {str(dataset_dir)!r}: {found}; a folder with at least two brain-extracted volumes "
-        "(.nii, .nii.gz or .mgz; in 2D also .png or .jpg) would be right, in MONAI Label images with a final label, or "
+        f"dataset_dir: {str(dataset_dir)!r}: {found}; expected a folder with at least two brain-extracted volumes "
+        "(.nii, .nii.gz or .mgz; in 2D also .png or .jpg), in MONAI Label images with a final label, or "
         "no folder at all and configs/presets/demo.json"
     )

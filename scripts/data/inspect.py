@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from scripts.data.find import header_of
 from scripts.data.images_2d import grey, is_picture
+from scripts.running.checks import as_bool
 from scripts.running.errors import BundleError
 from scripts.running.files import write_text
 
@@ -74,16 +75,14 @@ class Values:
         """Whether these are the voxels of an image, or of a mask of one."""
         element = "voxel" if spatial_dims == 3 else "pixel"
         if self.not_finite:
-            return Finding(
-                f"holds {self.not_finite} {element}s that are NaN or infinite; finite numbers would be right"
-            )
+            return Finding(f"holds {self.not_finite} {element}s that are NaN or infinite; expected finite numbers")
         if self.lowest == self.highest:
-            return Finding(f"holds the same value, {self.lowest}, in every {element}; an image would be right")
+            return Finding(f"holds the same value, {self.lowest}, in every {element}; expected an image")
         if is_mask:
             return self.finding_of_mask()
         if len(self.different) == 2 and spatial_dims == 3:
             values = " and ".join(f"{value:g}" for value in sorted(self.different))
-            return Finding(f"holds no other values than {values}, as a mask does; an image would be right")
+            return Finding(f"holds no other values than {values}, as a mask does; expected an image")
         if len(self.different) <= FEW_VALUES and self.whole:
             return Finding(doubts=(f"hold at most {FEW_VALUES} different whole numbers each, as label maps do",))
         return Finding()
@@ -93,7 +92,7 @@ class Values:
         limit = 0 if self.whole else self.highest / 2
         if not self.lowest <= limit < self.highest:
             return Finding(
-                f"has values from {self.lowest:g} to {self.highest:g}; 0 outside of the brain, 1 in it would be right"
+                f"has values from {self.lowest:g} to {self.highest:g}; expected 0 outside of the brain, 1 in it"
             )
         if len(self.different) == 2:
             return Finding()
@@ -115,7 +114,7 @@ def check_freesurfer(path: str) -> None:
     with ImageOpener(path) as file:
         block = np.frombuffer(file.read(20), ">i4").tolist()
     if len(block) < 5 or block[0] != 1 or min(block[1:]) < 1 or np.prod(block[1:], dtype=object) > MOST_VOXELS:
-        raise ValueError(f"its header begins with {block}; a 1 and the dimensions of a volume would be right")
+        raise ValueError(f"its header begins with {block}; expected a 1 and the dimensions of a volume")
 
 
 def check_header(path: str) -> None:
@@ -131,7 +130,7 @@ def check_header(path: str) -> None:
         header = kind(block[: kind.sizeof_hdr], check=False)
         offset, place = header["vox_offset"], kind.sizeof_hdr + 4
         if pair and header["magic"].item()[:2] != b"ni":
-            raise ValueError("an Analyze pair, which does not say where left is; NIfTI would be right")
+            raise ValueError("an Analyze pair, which does not say where left is; expected NIfTI")
         if len(block) > MOST_HEADER or not 0 <= offset <= MOST_HEADER:
             raise ValueError(f"its voxels would begin at byte {offset:g}, more than {MOST_HEADER}")
         extended = not pair and block[kind.sizeof_hdr : kind.sizeof_hdr + 1] > b"\0"
@@ -164,7 +163,7 @@ def problem_of_two_sizes(header: nib.spatialimages.SpatialHeader, affine: np.nda
             return ""
     return (
         f"has voxels of {spacing.round(6).tolist()} mm by its sform and of {sizes.round(6).tolist()} mm by its pixdim, "
-        "and no qform; one size would be right"
+        "and no qform; expected one size"
     )
 
 
@@ -209,18 +208,18 @@ def examine(path: str, spatial_dims: int = 3, is_mask: bool = False) -> Finding:
             shape = shape[:-1]
         if len(shape) != spatial_dims:
             wanted = "a volume with three dimensions" if spatial_dims == 3 else "a slice with two dimensions"
-            return Finding(f"has shape {tuple(image.shape)}; {wanted} and one channel would be right")
+            return Finding(f"has shape {tuple(image.shape)}; expected {wanted} and one channel")
         if min(shape) < SMALLEST_SIDE:
-            return Finding(f"has shape {tuple(image.shape)}; at least {SMALLEST_SIDE} voxels a side would be right")
+            return Finding(f"has shape {tuple(image.shape)}; expected at least {SMALLEST_SIDE} voxels a side")
         if image.get_data_dtype().fields is not None or image.get_data_dtype().kind not in "iuf":
             kind = image.get_data_dtype()
-            return Finding(f"has voxels of type {kind}; integer or floating point numbers would be right")
+            return Finding(f"has voxels of type {kind}; expected integer or floating point numbers")
         spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
             return Finding(f"has an affine that cannot be inverted (voxel size {spacing.round(6).tolist()} mm)")
         if not SPACINGS[0] <= spacing.min() <= spacing.max() <= SPACINGS[1]:
             least, most = SPACINGS
-            return Finding(f"has a voxel size of {spacing.tolist()} mm; from {least} to {most:g} would be right")
+            return Finding(f"has a voxel size of {spacing.tolist()} mm; expected from {least} to {most:g}")
         if problem := problem_of_two_sizes(image.header, image.affine, spacing):
             return Finding(problem)
         sides = np.array(shape) * spacing[: len(shape)]  # mm; training pads to a box of equal sides
@@ -228,7 +227,7 @@ def examine(path: str, spatial_dims: int = 3, is_mask: bool = False) -> Finding:
         if voxels > MOST_VOXELS:
             return Finding(
                 f"has shape {tuple(image.shape)} and a voxel size of {spacing.round(6).tolist()} mm, in a box of equal "
-                f"sides {voxels:.3g} voxels; at most {MOST_VOXELS} would be right"
+                f"sides {voxels:.3g} voxels; expected at most {MOST_VOXELS}"
             )
         values = values_of(path, image.dataobj, with_tail=isinstance(image, nib.MGHImage))
         return values.finding(is_mask, spatial_dims)
@@ -247,7 +246,7 @@ def examine_picture(path: str) -> Finding:
             f"cannot be read as a picture ({str(e)[:160] or type(e).__name__}); it may be truncated or of another kind"
         )
     if min(pixels.shape) < SMALLEST_SIDE:
-        return Finding(f"has shape {pixels.shape[::-1]}; at least {SMALLEST_SIDE} pixels a side would be right")
+        return Finding(f"has shape {pixels.shape[::-1]}; expected at least {SMALLEST_SIDE} pixels a side")
     values = Values()
     values.add(pixels.ravel())
     return values.finding(False, 2)
@@ -270,7 +269,7 @@ def problem_of_grid(image: nib.spatialimages.SpatialImage, mask: nib.spatialimag
     both = (image, mask)
     right, found = (f"shape {each.shape[:3]} and axes {''.join(nib.aff2axcodes(each.affine))}" for each in both)
     if found != right:
-        return f"has {found}; {right}, as its image has, would be right"
+        return f"has {found}; expected {right}, as its image has"
     corners = np.array([[*place, 1] for place in product(*((0, side - 1) for side in image.shape[:3]))])
     apart = np.linalg.norm(corners @ (image.affine - mask.affine)[:3].T, axis=1).max()
     sizes = [np.linalg.norm(each.affine[:3, :3], axis=0) for each in both]
@@ -278,7 +277,7 @@ def problem_of_grid(image: nib.spatialimages.SpatialImage, mask: nib.spatialimag
         return ""
     return (
         f"lies up to {apart:.4g} mm from its image (voxels of {sizes[1].round(3).tolist()} mm, and "
-        f"{sizes[0].round(3).tolist()} mm in the image); the affine of the image would be right"
+        f"{sizes[0].round(3).tolist()} mm in the image); expected the affine of the image"
     )
 
 
@@ -323,7 +322,7 @@ def write_marks(path: str, version: str, marks: set[str]) -> None:
 
 def readable(
     images: Sequence[dict[str, str]],
-    skip_bad_files: bool = False,
+    skip_bad_files: bool | str = False,
     key: str = "dataset_dir",
     spatial_dims: int = 3,
     checked_path: str | None = None,
@@ -342,7 +341,7 @@ def readable(
     with idist.one_rank_first():
         findings = findings_of_all(images, spatial_dims, checked_path)
     bad = [f"{item['image']!r} {found.problem}" for item, found in zip(images, findings, strict=True) if found.problem]
-    if bad and not skip_bad_files:
+    if bad and not as_bool(skip_bad_files=skip_bad_files):
         files = "file" if len(bad) == 1 else "files"
         raise BundleError(
             f"{key}: {len(bad)} {files} of {len(images)} cannot be used "

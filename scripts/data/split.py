@@ -16,6 +16,7 @@ import numpy as np
 from scripts.data.find import stem
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError
+from scripts.running.settings import differing
 
 logger = logging.getLogger(__name__)
 CONTRAST = r"(?:t[12](?:w|c|ce|gd|n|f|star)?|pdw?|flair|dwi|adc|swi|mprage|mp2rage|spgr)"
@@ -72,14 +73,14 @@ def dataset_of(path: tuple[str, ...]) -> tuple[str, ...]:
 
 def patient_folders(paths: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """The folders that are a subject each, see `subjects_of`."""
-    held = Counter(path[:depth] for path in paths for depth in range(1, len(path)))
+    counts = Counter(path[:depth] for path in paths for depth in range(1, len(path)))
     innermost = {
-        next((path[:depth] for depth in range(len(path) - 1, 0, -1) if held[path[:depth]] > 1), ()) for path in paths
+        next((path[:depth] for depth in range(len(path) - 1, 0, -1) if counts[path[:depth]] > 1), ()) for path in paths
     } - {()}
     depths: dict[int, list[tuple[str, ...]]] = {}
     for folder in innermost:
         depths.setdefault(len(folder), []).append(folder)
-    plausible = (folders for folders in depths.values() if len(folders) >= max(held[folder] for folder in folders))
+    plausible = (folders for folders in depths.values() if len(folders) >= max(counts[folder] for folder in folders))
     return {folder for folders in plausible for folder in folders}
 
 
@@ -96,7 +97,7 @@ def warn_of_joined(paths: Sequence[tuple[str, ...]], entities: Sequence[str | No
         examples = "; ".join(" and ".join(names) for names in list(joined.values())[:3])
         logger.warning(
             f"{len(joined)} subjects have names with different beginnings, which are taken as scans of one person: "
-            f"{examples}; where they are of different people, a folder for each dataset would be right"
+            f"{examples}; where they are of different people, give each dataset a folder"
         )
     numbers = Counter(subject.rsplit("/", 1)[-1] for subject in named)
     apart = sum(numbers[subject.rsplit("/", 1)[-1]] > 1 for subject in named)
@@ -118,7 +119,6 @@ def split_as_before(
         BundleError: it is not readable, the run was begun with another value of a knob, such as the seed, or none of
             what was held out is there any more.
     """
-    given = json.loads(json.dumps(dict(data_description), default=str))
     try:
         record = json.loads(Path(path).read_text())
         then, sides = record.get("data_description", {}), [record[side] for side in ("training", "validation")]
@@ -128,25 +128,24 @@ def split_as_before(
         raise BundleError(
             f"{path!r} does not say how the run was split ({e}); mend it, or remove it to split anew"
         ) from e
-    for key, value in given.items():
-        if then.get(key, value) != value:
-            raise BundleError(
-                f"{key}: {data_description[key]!r} was given, but the run that goes on was begun with {then[key]!r} "
-                f"({path!r}); give the same, or begin a new run with --init_ckpt"
-            )
+    for key in differing(then, data_description):
+        raise BundleError(
+            f"{key}: {data_description[key]!r} was given, but the run that goes on was begun with {then[key]!r} "
+            f"({path!r}); give the same, or begin a new run with --init_ckpt"
+        )
     training, held_out = ({str(Path(dataset_dir, place)) for place in of_side} for of_side in places)
-    there = {item["image"] for item in images}
-    if held_out and not held_out & there:
+    present = {item["image"] for item in images}
+    if held_out and not held_out & present:
         raise BundleError(
             f"dataset_dir: {dataset_dir!r} holds none of the {len(held_out)} held-out files of the run that goes on "
-            f"({path!r}); the folder that it was begun with would be right"
+            f"({path!r}); expected the folder that it was begun with"
         )
-    if gone := (training | held_out) - there:
+    if gone := (training | held_out) - present:
         logger.warning(f"{len(gone)} files of the run that goes on are not there any more, such as {min(gone)!r}")
-    files = sorted(there | training | held_out)  # a new visit goes with the others
+    files = sorted(present | training | held_out)  # a new visit goes with the others
     subjects = dict(zip(files, subjects_of([{"image": file} for file in files], dataset_dir), strict=True))
     validation = {subjects[file] for file in held_out}
-    if new := sorted({subjects[file] for file in there} - {subjects[file] for file in training | held_out}):
+    if new := sorted({subjects[file] for file in present} - {subjects[file] for file in training | held_out}):
         names = ", ".join(new[:10]) + (", ..." if len(new) > 10 else "")
         logger.warning(f"{len(new)} subjects are new since the run began, and join its training part: {names}")
     return tuple([i for i in images if (subjects[i["image"]] in validation) == side] for side in (False, True))
@@ -184,7 +183,7 @@ def split_by_subject(
     if held_out >= len(subjects):
         raise BundleError(
             f"dataset_dir: {len(images)} usable images of {len(subjects)} subjects, too few to train on some and hold "
-            f"out {held_out} (val_fraction = {val_fraction}); at least {held_out + 1} subjects would be right"
+            f"out {held_out} (val_fraction = {val_fraction}); expected at least {held_out + 1} subjects"
         )
     if len(subjects) < len(images):
         logger.info(f"dataset_dir: {len(images)} images are of {len(subjects)} subjects")

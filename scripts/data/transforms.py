@@ -36,7 +36,7 @@ def otsu_threshold(values: np.ndarray) -> float:
     return float(edges[1:][np.argmax(between)])
 
 
-def filled(mask: np.ndarray) -> np.ndarray:
+def fill_cavities(mask: np.ndarray) -> np.ndarray:
     """A mask with its cavities filled: voxels that have mask voxels on both sides along every axis."""
     inside = np.ones_like(mask)
     for axis in range(mask.ndim):
@@ -63,10 +63,10 @@ def foreground_of(image: np.ndarray) -> np.ndarray:
     if signed:
         outside = height == 0
     if not even or outside.mean() <= 0.3:
-        return filled(image > otsu_threshold(image))
+        return fill_cavities(image > otsu_threshold(image))
     if signed or outside.all():
         return ~outside
-    return ~outside & filled(height > FAINT * np.percentile(height[~outside], 99))
+    return ~outside & fill_cavities(height > FAINT * np.percentile(height[~outside], 99))
 
 
 def mask_of(mask: np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ class ZeroBackgroundd(MapTransform):
             )[None]
             inside = image.as_tensor()[foreground]
             if inside.numel() == 0 or inside.min() == inside.max():
-                raise BundleError(f"{image.meta.get('filename_or_obj')!r} has no foreground: an image would be right")
+                raise BundleError(f"{image.meta.get('filename_or_obj')!r} has no foreground; expected an image")
             zeroed = torch.where(foreground, image.as_tensor() - inside.min(), 0.0)
             item[key] = convert_to_dst_type(zeroed, image)[0]
         return item
@@ -166,7 +166,7 @@ class ScaleForegroundd(MapTransform):
             if not low < high:
                 raise BundleError(
                     f"{image.meta.get('filename_or_obj')!r} has almost one intensity only ({low:g} to {high:g} after "
-                    "cropping and resizing); an image with contrast would be right"
+                    "cropping and resizing); expected an image with contrast"
                 )
             scaled = (np.clip(voxels, low, high) - low) / (high - low) * 2 - 1
             item[key] = convert_to_dst_type(scaled, image, dtype=torch.float32)[0]

@@ -95,8 +95,8 @@ class RandWarpd(RandomizableTransform, MapTransform):
         rms_of_basis = np.sqrt(np.prod([float(basis.square().sum(1).mean()) for basis in bases]))
         rms = 2 * self.bend_rms * sides.max() / sides
         column = (-1, *[1] * dims)
-        moved = np.tensordot(linear, places, 1) + 2 * self.shifts.reshape(column)
-        control = moved + self.control * (rms / rms_of_basis).reshape(column)
+        displaced = np.tensordot(linear, places, 1) + 2 * self.shifts.reshape(column)
+        control = displaced + self.control * (rms / rms_of_basis).reshape(column)
         field = along_axes(torch.from_numpy(control).float(), bases)
         return field.flip(0).movedim(0, -1)[None]  # x, y, z are the last, the middle, the first axis
 

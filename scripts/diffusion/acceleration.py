@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scripts.diffusion.networks import unet_of
-from scripts.running.checks import check_knobs, switch
+from scripts.running.checks import as_bool, check_knobs
 from scripts.running.errors import BundleError
 from scripts.running.knobs import COMPILE_MODES
 
@@ -102,7 +102,7 @@ def prepared(
 
     Args:
         network: a `DiffusionModelUNet`, or a module such as `WaveletUNet` or `DiffusionSampler` with one inside.
-        channels_last: store weights, and so activations, with the channels innermost.
+        channels_last: store weights, and so activations, with the channels innermost; "auto" does so on a GPU.
         compile: false, true, or one of COMPILE_MODES.
         activation_checkpointing: see `checkpointed`.
 
@@ -110,14 +110,15 @@ def prepared(
         BundleError: a word that is not known.
     """
     check_knobs(compile=compile)
-    mode = compile if compile in COMPILE_MODES else "default" if switch(compile=compile) else None
+    mode = compile if compile in COMPILE_MODES else "default" if as_bool(compile=compile) else None
     network = network.to(device)
     unet = unet_of(network)
-    if switch(channels_last=channels_last):
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu if channels_last == "auto" else as_bool(channels_last=channels_last):
         dims = next(p.ndim for p in unet.parameters() if p.ndim in (4, 5))
         unet.to(memory_format=torch.channels_last if dims == 4 else torch.channels_last_3d)
     checkpointed(unet, activation_checkpointing)
-    if torch.device(device).type == "cuda":
+    if on_gpu:
         for module in unet.modules():  # fused attention: its matrix of 4096 x 4096 is never stored
             if hasattr(module, "use_flash_attention"):
                 module.use_flash_attention = True
@@ -157,7 +158,8 @@ def amp_dtype(
     if amp == "bfloat16" and unsafe:
         raise BundleError(
             f"amp: 'bfloat16' was given, but the coarsest of the network's {levels} levels has {coarsest} voxels, and "
-            "PyTorch's bfloat16 gradients are wrong on a CPU where a side is 2 or less; auto or float32, a larger "
-            "spatial_shape or fewer levels (key channels) would be right"
+            "PyTorch's bfloat16 gradients are wrong on a CPU where a side is 2 or less; expected auto or float32, a "
+            "larger "
+            "spatial_shape or fewer levels (key channels)"
         )
     return choices[amp]

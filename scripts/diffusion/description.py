@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from monai.networks.schedulers import Scheduler
+from torch import nn
 
 from scripts.diffusion.state_dicts import read_state_dict
+from scripts.diffusion.wavelets import WaveletUNet
 from scripts.running.errors import BundleError
+from scripts.running.settings import differing
 
 logger = logging.getLogger(__name__)
 PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
@@ -44,7 +48,7 @@ class Describing(NamedTuple):
 
 
 # THE list of the knobs that describe weights, for --init_ckpt, --resume, sampling, model.json, and what lies in the
-# weights file. A new one also gets a line in `weights_description` of train.json and of inference.json.
+# weights file. Configs hand all their knobs to `description_of`, which takes these.
 DESCRIBING = {
     "spatial_shape": Describing(fixed=False),
     "voxel_size": Describing(fixed=False),  # mm; in training it is known once the data are, see `CheckpointHandler`
@@ -66,9 +70,18 @@ DESCRIBING = {
 }
 
 
-def as_json(content: Any) -> Any:
-    """As JSON gives it back: a tuple is a list."""
-    return json.loads(json.dumps(content))
+def description_of(knobs: Mapping[str, Any], network: nn.Module, scheduler: Scheduler, **more: Any) -> dict[str, Any]:
+    """What is to be written down about weights: `DESCRIBING`, as far as it is known, in its order.
+
+    Args:
+        knobs: of a config, by their keys; those that describe no weights are passed over.
+        network: whose weights they are, a sampler or training network; a `WaveletUNet` says what it has grown from.
+        scheduler: of the training.
+        more: knobs that go last.
+    """
+    coarse = next((m.coarse for m in network.modules() if isinstance(m, WaveletUNet)), None)
+    known = {**knobs, "coarse": coarse, "scheduler": type(scheduler).__name__}
+    return {key: known[key] for key in DESCRIBING if key in known} | more
 
 
 def said(description: Mapping[str, Any], key: str) -> Any:
@@ -89,12 +102,12 @@ def check_described(
     Raises:
         BundleError: names the first knob that differs.
     """
-    for key, value in expected.items():
-        then = said(description, key)
-        if then is not Unsaid and then != as_json(value) and (same_run or DESCRIBING[key].fixed):
+    then = {key: value for key in expected if (value := said(description, key)) is not Unsaid}
+    for key in differing(then, expected):
+        if same_run or DESCRIBING[key].fixed:
             raise BundleError(
-                f"{key}: {value!r} was given, but {path!r} was trained with {then!r}; give the same (or the preset "
-                "that was used for training)"
+                f"{key}: {expected[key]!r} was given, but {path!r} was trained with {then[key]!r}; give the same (or "
+                "the preset that was used for training)"
             )
 
 

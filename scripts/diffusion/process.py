@@ -112,35 +112,3 @@ def sample_coefficients(
         return a, -s
     sign = 1 if prediction_type == "flow" else -1
     return 1 / (a + s), -sign * s / (a + s)
-
-
-def epsilon_coefficients(
-    prediction_type: str, a: torch.Tensor, s: torch.Tensor, smallest: float = 1e-6
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p, q) with e = p x_t + q output; where s < `smallest` (no noise left) s is taken as `smallest`."""
-    check_knobs(prediction_type=prediction_type)
-    if prediction_type == "epsilon":
-        return torch.zeros_like(a), torch.ones_like(a)
-    if prediction_type == "sample":
-        s = s.clamp(min=smallest)
-        return 1 / s, -a / s
-    if prediction_type == "v_prediction":
-        return s, a
-    sign = 1 if prediction_type == "flow" else -1
-    return 1 / (a + s), sign * a / (a + s)
-
-
-def convert(
-    output: torch.Tensor, source: str, wanted: str, x_t: torch.Tensor, a: torch.Tensor, s: torch.Tensor
-) -> torch.Tensor:
-    """What a network of type `wanted` would have given where one of type `source` gave `output` for x_t.
-
-    Args:
-        output, x_t: (B, C, *spatial).
-        source, wanted: of `PREDICTION_TYPES`.
-        a, s: levels that broadcast against x_t.
-    """
-    p, q = sample_coefficients(source, a, s)
-    x0 = p * x_t + q * output
-    p, q = epsilon_coefficients(source, a, s)
-    return target(wanted, x0, p * x_t + q * output, a, s)

@@ -41,7 +41,7 @@ def load_file(path: str, device: torch.device | str = "cpu", mmap: bool = False)
     except Exception as e:  # torch.load has many ways to fail on a damaged file
         raise BundleError(f"{path!r} cannot be read as PyTorch weights{why_unreadable(path, e)}") from e
     if not isinstance(content, dict):
-        raise BundleError(f"{path!r} holds a {type(content).__name__}; a state dict would be right")
+        raise BundleError(f"{path!r} holds a {type(content).__name__}; expected a state dict")
     return content
 
 
@@ -119,8 +119,8 @@ def read_state_dict(path: str, weights: str = "ema", mmap: bool = False) -> dict
         holds = f"{len(wanted)} state dicts ({', '.join(wanted)})" if wanted else "no state dict"
         keys = ", ".join(map(repr, list(content)[:8])) + (", ..." if len(content) > 8 else "")
         raise BundleError(
-            f"{path!r} holds {holds} where one is needed (weights = {weights!r}); its keys are: {keys or 'none'}. A "
-            "file of the network's state dict alone would be right"
+            f"{path!r} holds {holds} where one is needed (weights = {weights!r}); its keys are: {keys or 'none'}; "
+            "expected a file of the network's state dict alone"
         )
     state_dict = found[wanted[0]]
     if not is_state_dict(state_dict):
@@ -135,8 +135,9 @@ def check_finite(state_dict: Mapping[str, Any], path: str) -> None:
     if bad:
         names = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         raise BundleError(
-            f"{path!r} holds NaN or infinite weights in {len(bad)} of {len(tensors)} tensors ({names}); an earlier "
-            "checkpoint of that training, with finite ones, would be right"
+            f"{path!r} holds NaN or infinite weights in {len(bad)} of {len(tensors)} tensors ({names}); expected an "
+            "earlier "
+            "checkpoint of that training, with finite ones"
         )
 
 

@@ -138,7 +138,7 @@ class WaveletUNet(nn.Module):
         self.num_class_embeds = unet.num_class_embeds
         self.register_buffer("sizes", band_sizes(spatial_dims, wavelet_levels, detail_rms), persistent=False)
         self.noise_gain = float(self.sizes[0])  # the voxels' noise-to-signal ratio over that of the coarse volume
-        self.coarse_type = coarse["prediction_type"]
+        self.coarse, self.coarse_type = coarse, coarse["prediction_type"]
         self.levels_at = partial(levels_at, scheduler)  # MONAI's scheduler is a `Module` that cannot be scripted
         coarse_scheduler = scheduler_of(coarse)
         self.coarse_timesteps = coarse_scheduler.num_train_timesteps
@@ -204,13 +204,20 @@ def in_wavelets(
     unet: nn.Module,
     wavelet_levels: int,
     scheduler: Scheduler,
+    schedule: str,
     prediction_type: str,
-    coarse: dict[str, Any] | None = None,
+    description: dict[str, Any] | None = None,
     detail_rms: Sequence[float] = DETAIL_RMS,
 ) -> nn.Module:
-    """A `WaveletUNet`, or where `wavelet_levels` is 0 the U-Net itself."""
+    """A `WaveletUNet`, or where `wavelet_levels` is 0 the U-Net itself.
+
+    Args:
+        schedule: the name of the scheduler's noise schedule.
+        description: what is known about the weights to begin with, see `coarse_process`.
+    """
     if not wavelet_levels:
         return unet
+    coarse = coarse_process(description or {}, scheduler, schedule)
     return WaveletUNet(unet, wavelet_levels, scheduler, prediction_type, coarse, detail_rms)
 
 
@@ -221,20 +228,15 @@ def scheduler_of(process: dict[str, Any]) -> Scheduler:
     return DDPMScheduler(process["num_train_timesteps"], process["schedule"])
 
 
-def coarse_process(
-    description: dict[str, Any], wavelet_levels: int, scheduler: Scheduler, schedule: str
-) -> dict[str, Any] | None:
-    """The process which the LLL band of a network belongs to, for `WaveletUNet` and model.json; None without wavelets.
+def coarse_process(description: dict[str, Any], scheduler: Scheduler, schedule: str) -> dict[str, Any]:
+    """The process which the LLL band of a network belongs to, for `WaveletUNet` and model.json.
 
     That of the coarse network that it has grown from, if it has; else the schedule of the voxels, with v predicted.
 
     Args:
         description: what is known about the weights to begin with (a model.json); may be empty.
-        wavelet_levels: of the network to be.
         scheduler, schedule: of the voxels.
     """
-    if not wavelet_levels:
-        return None
     if description.get("coarse"):
         return description["coarse"]
     if description and not description.get("wavelet_levels"):

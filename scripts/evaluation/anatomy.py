@@ -24,7 +24,7 @@ from scripts.evaluation.cohorts import Cohort, Cohorts
 from scripts.evaluation.effects import FALSE_DISCOVERY, cohen_d, permutation_p, wasserstein_with_chance, weighted_d
 from scripts.evaluation.evaluator import metric_row
 from scripts.evaluation.tissue import TISSUES, classify
-from scripts.running.checks import check_knob, check_knobs, switch
+from scripts.running.checks import as_bool, check_knob, check_knobs
 from scripts.running.errors import BundleError
 from scripts.running.knobs import whole
 from scripts.running.pictures import save_figure
@@ -65,16 +65,16 @@ def label_volumes(path: str) -> dict[int, float]:
     except Exception as e:  # nibabel, zlib and numpy each raise their own for a damaged file
         raise BundleError(f"label map {path!r} cannot be read ({e}); a NIfTI image of whole numbers is right") from e
     if labels.dtype.kind not in "biuf":
-        raise BundleError(f"label map {path!r} has voxels of type {labels.dtype}; whole numbers would be right")
+        raise BundleError(f"label map {path!r} has voxels of type {labels.dtype}; expected whole numbers")
     if labels.ndim < 2 or any(side > 1 for side in labels.shape[3:]):
-        raise BundleError(f"label map {path!r} has the shape {labels.shape}; two or three dimensions would be right")
+        raise BundleError(f"label map {path!r} has the shape {labels.shape}; expected two or three dimensions")
     found, counts = np.unique(labels, return_counts=True)
     wrong = found[~(np.isfinite(found) & (found == np.rint(found)))]
     if len(wrong):
         raise BundleError(f"label map {path!r} has the value {wrong[0]:g}; whole numbers (a segmentation) are right")
     ml = abs(np.linalg.det(image.affine[:3, :3])) / 1000
     if not ml > 0:
-        raise BundleError(f"label map {path!r} has an affine of volume {ml:g}; one in mm would be right")
+        raise BundleError(f"label map {path!r} has an affine of volume {ml:g}; expected one in mm")
     return {int(label): float(count * ml) for label, count in zip(found, counts) if label != 0}
 
 
@@ -138,13 +138,14 @@ class Anatomy:
         names = FREESURFER if label_names == "freesurfer" else label_names or {}
         if not isinstance(names, Mapping) or not all(re.fullmatch(r"-?\d+", str(label)) for label in names):
             raise BundleError(
-                f"label_names: {label_names!r} was given; labels and names such as {{'17': 'left hippocampus'}}, or "
-                "'freesurfer', would be right"
+                f"label_names: {label_names!r} was given; expected labels and names such as "
+                f"{{'17': 'left hippocampus'}}, or "
+                "'freesurfer'"
             )
         check_knobs(num_permutations=num_permutations, num_resamples=num_resamples, seed=seed)
         check_knob("max_volumes", max_volumes, whole(2))
         self.label_names = {int(label): str(name) for label, name in names.items()}
-        self.relative = switch(relative=relative)
+        self.relative = as_bool(relative=relative)
         self.num_permutations, self.num_resamples = num_permutations, num_resamples
         self.max_volumes, self.seed = max_volumes, seed
         self.with_tissues: bool | None = None

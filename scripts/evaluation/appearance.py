@@ -107,8 +107,9 @@ class Appearance:
         for cohort in cohorts:
             if cohort.volumes.shape[1:] != shape:
                 raise BundleError(
-                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; {shape}, as the real "
-                    "ones have, would be right"
+                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; expected {shape}, as "
+                    "the real "
+                    "ones have"
                 )
 
     def describe(self, cohort: Cohort) -> dict[str, np.ndarray]:

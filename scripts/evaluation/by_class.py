@@ -64,14 +64,14 @@ class ByClass:
             if table is not None and None in found:
                 raise BundleError(
                     f"class_table: {found.count(None)} of {len(found)} {cohort.name} images have no line in {table!r}, "
-                    f"for example {cohort.files[found.index(None)]!r}; a line for each would be right"
+                    f"for example {cohort.files[found.index(None)]!r}; expected a line for each"
                 )
         for name in self.class_names:
             count = self.classes[cohorts.real.name].count(name)
             if count < 2:
                 raise BundleError(
-                    f"class_names: {count} real images are of the class {name!r}; two or more of each of "
-                    f"{self.class_names} would be right, each in a folder of its class or with a line in class_table"
+                    f"class_names: {count} real images are of the class {name!r}; expected two or more of each of "
+                    f"{self.class_names}, each in a folder of its class or with a line in class_table"
                 )
 
     def of_class(self, name: str, cohorts: Cohorts) -> Cohorts:

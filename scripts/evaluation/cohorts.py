@@ -102,8 +102,8 @@ def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[
         synthetic_dirs = {"synthetic": synthetic_dirs}
     if not isinstance(synthetic_dirs, Mapping) or not synthetic_dirs:
         raise BundleError(
-            f"synthetic_dirs: {synthetic_dirs!r} was given; a folder, or names and folders such as "
-            "\"{'ours': 'output/samples', 'gan': 'other/samples'}\" would be right"
+            f"synthetic_dirs: {synthetic_dirs!r} was given; expected a folder, or names and folders such as "
+            "\"{'ours': 'output/samples', 'gan': 'other/samples'}\""
         )
     for name in synthetic_dirs:
         if str(name) in (REAL, HELD_OUT):
@@ -121,8 +121,8 @@ def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[
             sources = {name: Source(folder, files) for name, files in sides.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BundleError(
-                f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); "
-                "output/training/dataset.json or a folder of NIfTI volumes would be right"
+                f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); expected "
+                "output/training/dataset.json or a folder of NIfTI volumes"
             ) from e
         if held_out_dir:
             raise BundleError(f"held_out_dir: {held_out_dir!r} was given, but {real_dir!r} names the held-out files")
@@ -132,7 +132,7 @@ def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[
     keys |= {str(name): (f"synthetic_dirs[{str(name)!r}]", folder) for name, folder in synthetic_dirs.items()}
     for name, (key, folder) in keys.items():
         if not isinstance(folder, str) or not os.path.isdir(folder):
-            raise BundleError(f"{key}: {folder!r}: there is no such folder; a folder of NIfTI volumes would be right")
+            raise BundleError(f"{key}: {folder!r}: there is no such folder; expected a folder of NIfTI volumes")
         sources[name] = Source(folder)
     return sources
 
@@ -144,7 +144,7 @@ def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
         BundleError: no image has a label map, or an image has two.
     """
     if not os.path.isdir(label_dir):
-        raise BundleError(f"label_dirs: {label_dir!r}: there is no such folder; a folder of label maps would be right")
+        raise BundleError(f"label_dirs: {label_dir!r}: there is no such folder; expected a folder of label maps")
     maps = volumes_below(label_dir)
     of_stem: dict[str, list[str]] = {}  # each beginning of a name that ends before "_": one look a file, not a product
     for label_map in maps:
@@ -154,11 +154,11 @@ def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
     matches = [of_stem.get(stem(image), []) for image in images]
     for image, found in zip(images, matches):
         if len(found) > 1:
-            raise BundleError(f"label_dirs: {image!r} has {len(found)} label maps, {found}; one would be right")
+            raise BundleError(f"label_dirs: {image!r} has {len(found)} label maps, {found}; expected one")
     if images and not any(matches):
         raise BundleError(
-            f"label_dirs: none of the {len(maps)} label maps in {label_dir!r} belongs to an image; for "
-            f"{images[0]!r} a name such as {stem(images[0])}_seg.nii.gz would be right"
+            f"label_dirs: none of the {len(maps)} label maps in {label_dir!r} belongs to an image; expected for "
+            f"{images[0]!r} a name such as {stem(images[0])}_seg.nii.gz"
         )
     return [found[0] if found else "" for found in matches]
 
@@ -218,7 +218,7 @@ def check_enough(counts: Mapping[str, int], places: Mapping[str, str], num_image
     least = 2 if num_images is None else num_images
     few = ", ".join(f"{name} has {count} in {places[name]!r}" for name, count in counts.items() if count < least)
     if few and num_images is None:
-        raise BundleError(f"volumes: {few}; at least 2 usable ones of each would be right")
+        raise BundleError(f"volumes: {few}; expected at least 2 usable ones of each")
     if few:
         raise BundleError(
             f"num_images: {num_images} of each source were asked for, but {few}; fewer images or more volumes would be "

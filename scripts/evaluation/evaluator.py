@@ -152,7 +152,7 @@ class CohortEvaluator(Engine):
     ) -> None:
         names = [measure.name for measure in measures]
         if len(set(names)) < len(names):
-            raise BundleError(f"measures: the names {names} are not different; each measure once would be right")
+            raise BundleError(f"measures: the names {names} are not different; expected each measure once")
         for measure in measures:
             measure.check(cohorts)
         super().__init__(self.part)
@@ -171,15 +171,15 @@ class CohortEvaluator(Engine):
         alone = [i for i, (measure, _) in enumerate(parts) if not getattr(measure, "together", False)]
         others = set(alone) - set(share(alone))
         self.results: dict[tuple[str, str], dict] = {}
-        mine = [(i, *part) for i, part in enumerate(parts) if i not in others]
+        own_parts = [(i, *part) for i, part in enumerate(parts) if i not in others]
 
         def advice() -> str:
-            there = sum(kept(*self.place(*part)) is not None for part in parts)
+            finished = sum(kept(*self.place(*part)) is not None for part in parts)
             folder = os.path.join(self.output_dir, "parts")
-            return f"{there} of {len(parts)} results are in {folder!r}; the same command goes on"
+            return f"{finished} of {len(parts)} results are in {folder!r}; the same command goes on"
 
         with ending_at_once(self, advice):
-            return super().run(mine, max_epochs=1)
+            return super().run(own_parts, max_epochs=1)
 
     def place(self, measure: Measure, cohort: Cohort) -> tuple[str, str]:
         """Where the result of a part is kept, and what it depends on."""

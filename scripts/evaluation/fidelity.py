@@ -185,7 +185,7 @@ class Fidelity:
         check_knobs(nearest_k=nearest_k, num_resamples=num_resamples, seed=seed)
         names = [extractor.name for extractor in extractors]
         if not names or len(set(names)) < len(names):
-            raise BundleError(f"extractors: the names {names} were given; one or more different ones would be right")
+            raise BundleError(f"extractors: the names {names} were given; expected one or more different ones")
         self.extractors, self.nearest_k = list(extractors), nearest_k
         self.num_resamples, self.seed = num_resamples, seed
         self.kept: dict[tuple[str, str], tuple[np.ndarray, np.ndarray | str]] = {}
@@ -226,14 +226,14 @@ class Fidelity:
         scatter: dict[str, list] = {}
         for extractor in self.extractors:
             real = self.of_real(extractor, cohorts.real)
-            mine = real if isinstance(real, str) or cohort is cohorts.real else self.features(extractor, cohort)
-            reason = real if isinstance(real, str) else mine if isinstance(mine, str) else ""
+            own = real if isinstance(real, str) or cohort is cohorts.real else self.features(extractor, cohort)
+            reason = real if isinstance(real, str) else own if isinstance(own, str) else ""
             if reason:
                 notes.append(f"{extractor.title}: {reason}.")
             elif len(real) >= 2:
-                scatter[extractor.name] = principal_plane(described(real), described(mine))
+                scatter[extractor.name] = principal_plane(described(real), described(own))
             if cohort is not cohorts.real:
-                rows += self.rows(extractor, real, mine, reason, cohort)
+                rows += self.rows(extractor, real, own, reason, cohort)
         if cohort is cohorts.real:
             notes.append(
                 f"Each row compares a cohort with the {len(cohort)} real volumes. A Frechet distance (FID) grows as "
@@ -242,26 +242,26 @@ class Fidelity:
         return {"rows": rows, "notes": notes, "data": {"scatter": scatter}}
 
     def rows(
-        self, extractor: Extractor, real: np.ndarray | str, mine: np.ndarray | str, reason: str, cohort: Cohort
+        self, extractor: Extractor, real: np.ndarray | str, own: np.ndarray | str, reason: str, cohort: Cohort
     ) -> list[dict[str, Any]]:
         """The rows of one extractor and cohort; without features or with too few volumes their values are None."""
         planes = extractor.planes(cohort.volumes.ndim - 1)
         frechet, mmd = (f"{distance}_{extractor.name}" for distance in extractor.distances)
         values: dict[str, np.ndarray | None] = {}
         note = prdc_note = reason
-        if not reason and min(len(real), len(mine)) < 3:
-            note = prdc_note = f"needs 3 volumes or more, found {len(real)} real and {len(mine)} in {cohort.name}"
-        elif not reason and min(len(real), len(mine)) <= self.nearest_k:
+        if not reason and min(len(real), len(own)) < 3:
+            note = prdc_note = f"needs 3 volumes or more, found {len(real)} real and {len(own)} in {cohort.name}"
+        elif not reason and min(len(real), len(own)) <= self.nearest_k:
             prdc_note = (
                 f"needs more volumes than nearest_k = {self.nearest_k}, "
-                f"found {len(real)} real and {len(mine)} in {cohort.name}"
+                f"found {len(real)} real and {len(own)} in {cohort.name}"
             )
         if not note:
-            counts = bootstrap_counts(len(mine), self.num_resamples, self.seed)
-            counts = np.concatenate([np.ones((1, len(mine)), counts.dtype), counts])
+            counts = bootstrap_counts(len(own), self.num_resamples, self.seed)
+            counts = np.concatenate([np.ones((1, len(own)), counts.dtype), counts])
             distances, discrepancies = [], []
             for p, plane in enumerate(planes):
-                x, y = real[:, p], mine[:, p]
+                x, y = real[:, p], own[:, p]
                 bar = f"{frechet} of {cohort.name}" + (f", {plane}" if plane else "")
                 of_images = np.repeat(counts, y.shape[1], 1)
                 distances.append(
@@ -274,7 +274,7 @@ class Fidelity:
                 values |= {f"{frechet}_{plane}": d for plane, d in zip(planes, distances)}
             values |= {frechet: np.mean(distances, 0), mmd: np.mean(discrepancies, 0)}
             if not prdc_note:
-                found = prdc(described(real), described(mine), self.nearest_k, counts)
+                found = prdc(described(real), described(own), self.nearest_k, counts)
                 values |= {f"{name}_{extractor.name}": v for name, v in found.items()}
         per_plane = [(f"{frechet}_{plane}", "frechet") for plane in planes] if len(planes) > 1 else []
         wanted = [
@@ -356,12 +356,12 @@ def described(features: np.ndarray) -> np.ndarray:
     return features.mean(2).reshape(len(features), -1).astype(np.float64)
 
 
-def principal_plane(real: np.ndarray, mine: np.ndarray) -> list[list[float]]:
+def principal_plane(real: np.ndarray, own: np.ndarray) -> list[list[float]]:
     """(n, d), (m, d) -> (m, 2): scores on the first two principal components of `real`, in its standard deviations."""
     mean = real.mean(0)
     _, s, axes = svd(real - mean, full_matrices=False)
-    scores = (mine - mean) @ axes[:2].T / np.maximum(s[:2] / np.sqrt(len(real) - 1), 1e-9)
-    padded = np.zeros((len(mine), 2))
+    scores = (own - mean) @ axes[:2].T / np.maximum(s[:2] / np.sqrt(len(real) - 1), 1e-9)
+    padded = np.zeros((len(own), 2))
     padded[:, : scores.shape[1]] = scores
     return padded.round(4).tolist()
 

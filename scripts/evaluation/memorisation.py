@@ -85,8 +85,9 @@ class Memorisation:
     ) -> None:
         if similarity is not None and not callable(similarity):
             raise BundleError(
-                f"similarity: {similarity!r} was given; a function of two arrays of volumes and pairs of them, such as "
-                "scripts.evaluation.ms_ssim.ms_ssim_pairs, or null would be right"
+                f"similarity: {similarity!r} was given; expected a function of two arrays of volumes and pairs of "
+                "them, such as "
+                "scripts.evaluation.ms_ssim.ms_ssim_pairs, or null"
             )
         check_knobs(candidates=candidates, neighbours=neighbours, num_worst=num_worst, num_resamples=num_resamples)
         check_knobs(seed=seed, duplicate=duplicate, memory=memory)
@@ -117,13 +118,14 @@ class Memorisation:
         for cohort in cohorts:
             if cohort.volumes.shape[1:] != shape:
                 raise BundleError(
-                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; {shape}, as the real "
-                    "ones have, would be right"
+                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; expected {shape}, as "
+                    "the real "
+                    "ones have"
                 )
         if self.measure is not None:
             found = np.shape(self.measure(cohorts.real.volumes[:1], cohorts.real.volumes[:1], np.array([[0, 0]])))
             if found != (1,):
-                raise BundleError(f"similarity: it returned the shape {found} for one pair; (1,) would be right")
+                raise BundleError(f"similarity: it returned the shape {found} for one pair; expected (1,)")
 
     def compare(self, first: Cohort, second: Cohort, cohorts: Cohorts) -> Comparison:
         """`first` against the real or held-out cohort `second`; computed once for these cohorts."""

@@ -195,8 +195,8 @@ def scale_terms(
     device = torch.device(device)
     batch_size = batch_size or (1 if device.type == "cpu" else 16)
     # neighbours share volumes, so each process takes one stretch of them
-    mine = np.array_split(pairs, idist.get_world_size())[idist.get_rank()]
-    return np.concatenate(gathered(_terms_of(arrays, mine, window, device, batch_size, memory, description)))
+    own_pairs = np.array_split(pairs, idist.get_world_size())[idist.get_rank()]
+    return np.concatenate(gathered(_terms_of(arrays, own_pairs, window, device, batch_size, memory, description)))
 
 
 def _terms_of(
@@ -219,19 +219,19 @@ def _terms_of(
     capacity = max(2, int(memory * 2**30 / bytes_per_volume))
 
     terms = np.empty((len(pairs), window.num_scales))
-    held: dict[int, list[Maps]] = {}
+    kept_maps: dict[int, list[Maps]] = {}
     with _full_precision(), torch.inference_mode(), tqdm(
         total=len(pairs), desc=description, unit="pair", disable=description is None
     ) as bar:
         for rows, volumes in _blocks(numbers, capacity):
-            held = {number: maps for number, maps in held.items() if number in volumes}
+            kept_maps = {number: maps for number, maps in kept_maps.items() if number in volumes}
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 for number in np.unique(numbers[batch]).tolist():
-                    if number not in held:
+                    if number not in kept_maps:
                         volume = first[number] if number < len(first) else arrays[1][number - len(first)]
-                        held[number] = _maps(torch.as_tensor(volume, device=device), window, filters)
-                x, y = ([held[number] for number in column] for column in numbers[batch].T.tolist())
+                        kept_maps[number] = _maps(torch.as_tensor(volume, device=device), window, filters)
+                x, y = ([kept_maps[number] for number in column] for column in numbers[batch].T.tolist())
                 terms[batch] = _compare(x, y, window, filters).cpu().numpy()
                 bar.update(len(batch))
     return terms

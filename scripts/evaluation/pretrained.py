@@ -49,7 +49,7 @@ def read_state_dict(path: str, key: str) -> dict[str, torch.Tensor]:
         raise BundleError(f"{key}: {path!r} is not a file of weights that torch.load reads ({type(e).__name__})") from e
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise BundleError(f"{key}: {path!r} holds {type(content).__name__}; a state dict of a ResNet would be right")
+        raise BundleError(f"{key}: {path!r} holds {type(content).__name__}; expected a state dict of a ResNet")
     return without_wrapping(content)
 
 
@@ -78,8 +78,8 @@ def resnet_from(state: dict[str, torch.Tensor], spatial_dims: int, source: str) 
         or [block, layers] not in [[parameters[0], parameters[1]] for parameters in resnet_params.values()]
     ):
         raise BundleError(
-            f"{source} holds {len(state)} tensors such as {next(iter(state), 'none')!r}; the weights of a "
-            f"{spatial_dims}D ResNet of 10 to 200 layers (input channels: {channels}) would be right"
+            f"{source} holds {len(state)} tensors such as {next(iter(state), 'none')!r}; expected the weights of a "
+            f"{spatial_dims}D ResNet of 10 to 200 layers (input channels: {channels})"
         )
     network = ResNet(
         block,
@@ -144,7 +144,7 @@ class MedicalNet:
     ) -> None:
         check_knobs(batch_size=batch_size)
         if f"resnet{depth}" not in resnet_params:
-            raise BundleError(f"depth: {depth!r} was given; 10, 18, 34, 50, 101, 152 or 200 would be right")
+            raise BundleError(f"depth: {depth!r} was given; expected 10, 18, 34, 50, 101, 152 or 200")
         self.weights, self.depth, self.batch_size, self.weights_key = weights or None, depth, batch_size, weights_key
         self.device = resolved_device(device)
 
@@ -346,4 +346,4 @@ def is_torchscript(path: str) -> bool:
 def check_file(key: str, path: str) -> None:
     """Raises BundleError if there is no such file."""
     if not isinstance(path, str) or not os.path.isfile(path):
-        raise BundleError(f"{key}: {path!r}: there is no such file; a file of weights, or null, would be right")
+        raise BundleError(f"{key}: {path!r}: there is no such file; expected a file of weights, or null")

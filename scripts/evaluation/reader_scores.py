@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from scripts.running.errors import BundleError
 from scripts.running.files import write_atomically, write_text
+from scripts.running.tables import read_table
 
 logger = logging.getLogger(__name__)
 REAL, POOLED = "real", "pooled"
@@ -39,29 +40,6 @@ class Answers:
     seconds: dict[str, float]
 
 
-def read_table(path: str, columns: Sequence[str], key: str, kind: str) -> list[dict[str, str]]:
-    """The rows of a CSV file that has these columns.
-
-    Raises:
-        BundleError: no such file, not text, a column that is missing, no rows, a row that is too short.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows, found = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise BundleError(f"{key}: {path!r} cannot be read ({reason}); {kind} would be right") from e
-    missing = [column for column in columns if column not in found]
-    if missing or not rows:
-        problem = f"has no column {missing[0]!r}, only {found}" if missing else "has no rows"
-        raise BundleError(f"{key}: {path!r} {problem}; {kind} would be right")
-    for number, row in enumerate(rows, 2):
-        if any(row[column] is None for column in columns):
-            raise BundleError(f"{key}: line {number} of {path!r} is cut short; {kind} would be right")
-    return rows
-
-
 def read_key(key_file: str) -> tuple[str, dict[str, str]]:
     """(study, {image: source}) of the key that `scripts.evaluation.reader_study.ReaderStudy` wrote.
 
@@ -69,12 +47,12 @@ def read_key(key_file: str) -> tuple[str, dict[str, str]]:
         BundleError: see `read_table`; rows of two studies; an image twice.
     """
     kind = "the key.csv that was written with the page"
-    rows = read_table(key_file, KEY_COLUMNS, "key_file", kind)
+    rows = [row for _, row in read_table(key_file, KEY_COLUMNS, "key_file", kind)]
     studies = {row["study"] for row in rows}
     sources = {row["image"]: row["source"] for row in rows}
     if len(studies) > 1 or len(sources) < len(rows):
         problem = f"names the studies {sorted(studies)}" if len(studies) > 1 else "names an image twice"
-        raise BundleError(f"key_file: {key_file!r} {problem}; {kind} would be right")
+        raise BundleError(f"key_file: {key_file!r} {problem}; expected {kind}")
     return studies.pop(), sources
 
 
@@ -85,7 +63,8 @@ def read_answers(path: str, study: str, images: Sequence[str]) -> Answers:
         BundleError: see `read_table`; a file of another study or of two readers; images that the study does not have,
             that are answered twice or not at all; words other than "real" and "synthetic".
     """
-    rows = read_table(path, ANSWER_COLUMNS, "answers", "a file that a reader downloaded from the page")
+    right = "a file that a reader downloaded from the page"
+    rows = [row for _, row in read_table(path, ANSWER_COLUMNS, "answers", right)]
     others = sorted({row["study"] for row in rows} - {study})
     if others:
         raise BundleError(
@@ -93,9 +72,7 @@ def read_answers(path: str, study: str, images: Sequence[str]) -> Answers:
         )
     readers = sorted({row["reader"].strip() for row in rows})
     if len(readers) > 1 or readers[0] in ("", POOLED):
-        raise BundleError(
-            f"answers: {path!r} names the readers {readers}; one name a file, not {POOLED!r}, would be right"
-        )
+        raise BundleError(f"answers: {path!r} names the readers {readers}; expected one name a file, not {POOLED!r}")
     named = [row["image"] for row in rows]
     problems = {
         "does not belong to the study": [image for image in named if image not in images],
@@ -108,8 +85,9 @@ def read_answers(path: str, study: str, images: Sequence[str]) -> Answers:
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise BundleError(
-                f"answers: in {path!r}, image {found[0]!r}{more} {problem}; one answer to each of the {len(images)} "
-                "images of the key would be right"
+                f"answers: in {path!r}, image {found[0]!r}{more} {problem}; expected one answer to each of the "
+                f"{len(images)} "
+                "images of the key"
             )
     try:
         seconds = {row["image"]: float(row["seconds"]) for row in rows}
@@ -237,8 +215,8 @@ def score(key_file: str, answers: Sequence[str] | str | None, output_dir: str) -
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, Sequence) or not answers or not all(isinstance(path, str) for path in answers):
         raise BundleError(
-            f"answers: {answers!r} was given; the files that the readers downloaded, such as "
-            "\"['anna.csv','ben.csv']\", would be right"
+            f"answers: {answers!r} was given; expected the files that the readers downloaded, such as "
+            "\"['anna.csv','ben.csv']\""
         )
     study, sources = read_key(key_file)
     readings: dict[str, tuple[str, Answers]] = {}
@@ -247,7 +225,8 @@ def score(key_file: str, answers: Sequence[str] | str | None, output_dir: str) -
         if reading.reader in readings:
             raise BundleError(
                 f"answers: {readings[reading.reader][0]!r} and {path!r} are both of the reader {reading.reader!r}; "
-                "one file a reader would be right"
+                "expected "
+                "one file a reader"
             )
         readings[reading.reader] = (path, reading)
     scores = measure_readers(sources, [reading for _, reading in readings.values()])

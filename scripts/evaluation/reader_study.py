@@ -111,5 +111,5 @@ class ReaderStudy:
         if found != study:
             raise BundleError(
                 f"output_dir: {self.key!r} is the key of study {found}, not of the new one, {study}, and its answers "
-                "could not be scored without it; another output_dir would be right, or remove that file"
+                "could not be scored without it; give another output_dir, or remove that file"
             )

@@ -68,7 +68,7 @@ def write_archive(bundle_root: str, contents: Sequence[str], name: str, path: st
     logger.info(f"wrote {path}, {len(files)} files, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}")
 
 
-def moved(text: str, source: str, target: str) -> str:
+def relinked(text: str, source: str, target: str) -> str:
     """Markdown of the page `source`, its relative links as the page `target` needs them; both are paths in a bundle."""
 
     def link(found: re.Match) -> str:
@@ -107,7 +107,7 @@ def write_hub_folder(bundle_root: str, contents: Sequence[str], card: dict[str, 
         for page in folder.glob("docs/*.md"):
             page.write_text(page.read_text().replace("](../README.md", "](usage.md"))
         readme, model_card = (Path(bundle_root, file).read_text() for file in ("README.md", "docs/README.md"))
-        (folder / "docs/usage.md").write_text(moved(readme, "README.md", "docs/usage.md"))
-        (folder / "README.md").write_text(f"---\n{head}---\n\n" + moved(model_card, "docs/README.md", "README.md"))
+        (folder / "docs/usage.md").write_text(relinked(readme, "README.md", "docs/usage.md"))
+        (folder / "README.md").write_text(f"---\n{head}---\n\n" + relinked(model_card, "docs/README.md", "README.md"))
         os.replace(folder, path)
     logger.info(f"wrote {path}, {len(files) + 1} files")

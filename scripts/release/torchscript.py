@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import save_net_with_metadata
 
+from scripts.release.loaded import loaded, parser_of
 from scripts.running.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -25,33 +25,26 @@ def export_torchscript(
     config_file: str | Sequence[str],
     meta_file: str,
     weights: str = "ema",
-    knobs: dict[str, Any] | None = None,
+    knobs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a `DiffusionSampler` with its weights, metadata.json and inference.json as one TorchScript archive.
 
     `monai.bundle ckpt_export` writes the same network, but beside it each config as it stands, and that one looks up
-    the voxel size in a file which no archive holds. Here one inference.json has everything filled in.
+    the voxel size in a file which no archive holds. Here one inference.json has what describes the weights in it.
 
     Args:
-        ckpt_path: weights in any layout that `scripts.training.checkpoints.load_weights` reads; they become float32.
+        ckpt_path, config_file, weights, knobs: see `loaded`.
         path: models/model.ts, say. The name stands inside the archive too, where MONAI Deploy looks for it.
-        config_file: inference.json, or a list of it and of presets, which are merged.
         meta_file: metadata.json.
-        weights: "ema" or "raw", for a checkpoint of a whole training run.
-        knobs: other values of inference.json's keys, such as {"num_inference_steps": 50}.
 
     Raises:
         BundleError: knobs or weights that inference would refuse too, or `path` cannot be written.
     """
-    parser = ConfigParser()
-    parser.read_config(config_file)
-    parser.read_meta(meta_file)
-    parser.update(knobs or {})
-    config = copy.deepcopy(parser.get())  # before anything of this machine enters
-    metadata = config.pop(parser.meta_key)
-    parser.update({"ckpt_path": ckpt_path, "weights": weights, "device": torch.device("cpu"), "compile": False})
-    parser.get_parsed_content("initialize")
+    parser = loaded(config_file, ckpt_path, weights, knobs)
+    config = parser_of(config_file, knobs).get()  # with nothing of this machine in it
+    config.pop(parser.meta_key, None)
     config["description"] = parser.get_parsed_content("description")
+    metadata = ConfigParser.load_config_file(meta_file)
     files = {"inference.json": json.dumps(config).encode()}
     scripted = torch.jit.script(parser.get_parsed_content("network_def").eval())
 

@@ -7,9 +7,7 @@ What a knob may be stands in one table, `KNOBS`; what several knobs must be to e
 from __future__ import annotations
 
 import inspect
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -25,13 +23,15 @@ def check_knob(key: str, value: Any, knob: Knob) -> None:
         raise BundleError(f"{key}: {value!r} {found}; it must be {knob.right}")
 
 
-def check_knobs(seed_may_be_new: bool = False, **knobs: Any) -> None:
+def check_knobs(parameters: Mapping[str, Any] | None = None, seed_may_be_new: bool = False, **knobs: Any) -> None:
     """Every knob is what `KNOBS` says, and the functions of `TOGETHER` agree whose knobs are all given.
 
     Args:
+        parameters: knobs by their keys, as a config has them.
         seed_may_be_new: `seed` may also be -1, a new one each time, as in sampling.
-        knobs: by their keys.
+        knobs: the same, as keywords.
     """
+    knobs = {**(parameters or {}), **knobs}
     for key, value in knobs.items():
         if key == "device":
             check_device(value)
@@ -92,26 +92,27 @@ def check_network(
                 f"spatial_shape: {list(spatial_shape)} was given, but {side} is not divisible by {factor}, as a "
                 f"network of {len(channels)} levels (key channels)"
                 + (f" in {wavelet_levels} of wavelets" if wavelet_levels else "")
-                + f" needs; {near} would be right, or fewer levels"
+                + f" needs; expected {near}, or fewer levels"
             )
     for width in channels:
         if width % norm_num_groups:
             raise BundleError(
                 f"channels: {list(channels)} was given, but {width} is not divisible by norm_num_groups = "
-                f"{norm_num_groups}; multiples of {norm_num_groups} would be right"
+                f"{norm_num_groups}; expected multiples of {norm_num_groups}"
             )
     if prod(side // factor for side in spatial_shape) * channels[-1] == norm_num_groups:
         raise BundleError(
             f"spatial_shape: {list(spatial_shape)} was given, but {len(channels)} levels (key channels) come down to "
             "one voxel, of which each group (norm_num_groups) has one channel, and one value cannot be normalised; "
-            f"{[2 * side for side in spatial_shape]}, fewer levels or fewer groups would be right"
+            "expected "
+            f"{[2 * side for side in spatial_shape]}, fewer levels or fewer groups"
         )
     for level, (width, heads) in enumerate(zip(channels, num_head_channels)):
         if (attention_levels[level] or level == len(channels) - 1) and (heads < 1 or width % heads):
             where = "the middle block has attention" if level == len(channels) - 1 else "attention_levels is true there"
             raise BundleError(
                 f"num_head_channels: {list(num_head_channels)} was given, but channels[{level}] = {width} cannot be "
-                f"shared among heads of {heads} channels ({where}); a divisor such as {width} (one head) would be right"
+                f"shared among heads of {heads} channels ({where}); expected a divisor such as {width} (one head)"
             )
 
 
@@ -122,7 +123,7 @@ def check_accumulation(accumulation_steps: int, max_iterations: int, checkpoint_
             right = -(-value // accumulation_steps) * accumulation_steps
             raise BundleError(
                 f"{key}: {value} was given, but gradients are added over accumulation_steps = {accumulation_steps} "
-                f"iterations; a multiple such as {right} would be right"
+                f"iterations; expected a multiple such as {right}"
             )
 
 
@@ -143,24 +144,17 @@ def check_voxel_size(voxel_size: Sequence[float], spatial_shape: Sequence[int]) 
         )
 
 
-TOGETHER = (check_network, check_accumulation, check_preview_steps, check_voxel_size)
+def check_class_table(class_names: Sequence[str] | None, class_table: str | None) -> None:
+    """A table of classes goes with their names."""
+    if class_table is not None and not class_names:
+        raise BundleError(f"class_table: {class_table!r} was given without class_names, the list of its classes")
 
 
-def check_writable(**folders: str) -> None:
-    """Every folder (key = path) exists or can be made, and a file can be written in it."""
-    for key, folder in folders.items():
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as e:
-            raise BundleError(
-                f"{key}: nothing can be written in {folder!r} ({e.strerror}); give a folder that you may write in"
-            ) from e
+TOGETHER = (check_network, check_accumulation, check_preview_steps, check_voxel_size, check_class_table)
 
 
-def switch(**knob: bool | str) -> bool:
-    """The truth of one knob, switch(resume=...): the command line gives `--resume false` as the word "false"."""
+def as_bool(**knob: bool | str) -> bool:
+    """The truth of one knob, as_bool(resume=...): the command line gives `--resume false` as the word "false"."""
     ((key, value),) = knob.items()
     check_knob(key, value, SWITCH)
     return TRUTH[str(value).lower()]

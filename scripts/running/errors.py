@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class BundleError(ValueError):
-    """What the user gave cannot be used: one sentence with the file or key, what was found, what would be right."""
+    """What the user gave cannot be used: one sentence with the file or key, what was found, what is right."""
 
 
 class LoaderDied(BundleError):

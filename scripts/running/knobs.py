@@ -115,7 +115,7 @@ KNOBS = {
     # what the commands share
     "seed": SEED,
     "amp": word("auto", "float32", "bfloat16", "float16"),
-    "channels_last": SWITCH,
+    "channels_last": Knob(lambda value: value == "auto" or SWITCH.fits(value), "true, false or auto (on a GPU)"),
     "compile": Knob(
         lambda value: isinstance(value, str) and value in COMPILE_MODES or SWITCH.fits(value),
         f"true, false or in {COMPILE_MODES}",

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
+import tempfile
 from pathlib import Path
-from typing import TextIO
 
 import ignite.distributed as idist
-from monai.utils import optional_import
+from filelock import FileLock, Timeout
 
 from scripts.running.errors import BundleError
 
 logger = logging.getLogger(__name__)
-fcntl, has_fcntl = optional_import("fcntl")  # Windows has none: there nothing is locked
-held: dict[str, TextIO] = {}  # by real path of the folder; the kernel frees them when the process ends, however it ends
-
-
-def forget() -> None:
-    """In a forked process (a loader's worker): leave the locks to the process that took them, whose end frees them."""
-    for file in held.values():
-        file.close()
-    held.clear()
-
-
-if has_fcntl:
-    os.register_at_fork(after_in_child=forget)
+LOCKS: dict[str, FileLock] = {}  # by real path of the folder; the kernel frees them when the process ends, however
 
 
 @idist.one_rank_only(with_barrier=True)
 def lock_folders(**folders: str) -> None:
     """Keep each folder (key = path) for this process until it ends; then remove what a killed run left half written.
 
-    The lock is an exclusive `flock` on `<folder>/.lock`, which also names who holds it. A folder that this process
-    holds already is left as it is. Of several processes of a run, rank 0 takes the locks, and the others wait for it.
+    The lock is on `<folder>/.lock`, which also names its process. A folder that this process has locked already is left
+    as it is. Of several processes of a run, rank 0 takes the locks, and the others wait for it.
 
     Raises:
-        BundleError: another run holds a folder; names the key, the folder, and the process and host of that run.
+        BundleError: nothing can be written in a folder, or another run is writing there; names the key, the folder, and
+            the process and host of that run.
     """
-    if not has_fcntl:
-        return
     for key, folder in folders.items():
         place = os.path.realpath(folder)
-        if place not in held:
+        if place not in LOCKS or not LOCKS[place].is_locked:  # a fork has the name, and not the lock
+            check_writable(**{key: folder})
             lock(key, folder, place)
             remove_partial(**{key: folder})
+
+
+def check_writable(**folders: str) -> None:
+    """Every folder (key = path) exists or can be made, and a file can be written in it."""
+    for key, folder in folders.items():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise BundleError(
+                f"{key}: nothing can be written in {folder!r} ({e.strerror}); give a folder that you may write in"
+            ) from e
 
 
 def remove_partial(**folders: str) -> None:
@@ -58,30 +58,25 @@ def remove_partial(**folders: str) -> None:
 
 
 def lock(key: str, folder: str, place: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, ".lock")
+    """Take the lock of one folder, whose real path is `place`."""
+    path = Path(folder, ".lock")
+    folder_lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False, preserve_lock_file=True)
     try:
-        file = open(path, "a+")
-    except OSError as e:
+        folder_lock.acquire()
+    except Timeout:
+        run = path.read_text().strip() or "a process that has not yet given its name"
         raise BundleError(
-            f"{key}: {path!r} cannot be opened ({e.strerror}); give a folder that you may write in"
-        ) from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        file.seek(0)
-        holder = file.read().strip() or "a process that has not yet given its name"
-        file.close()
-        if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
-            logger.warning(f"{key}: {folder!r} cannot be locked ({e.strerror}); let no other run write there")
-            return
+            f"{key}: another run is writing in {folder!r} ({run}); wait for its end, or give another {key}"
+        ) from None
+    except PermissionError as e:
         raise BundleError(
-            f"{key}: another run is writing in {folder!r} ({holder}); wait for its end, or give another {key}"
+            f"{key}: {str(path)!r} cannot be opened ({e.strerror}); give a folder that you may write in"
         ) from e
-    held[place] = file
+    except (OSError, NotImplementedError) as e:  # a file system without locks
+        logger.warning(f"{key}: {folder!r} cannot be locked ({e}); let no other run write there")
+        return
+    LOCKS[place] = folder_lock
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except OSError as e:  # a full disk: the lock itself needs no room
         logger.warning(f"{path}: {e.strerror}")

@@ -1,4 +1,4 @@
-"""Volumes as pictures: tri-planar strips, mosaics, and the handlers that write them."""
+"""Volumes as pictures, and figures: how they are drawn and written."""
 
 from __future__ import annotations
 
@@ -87,7 +87,12 @@ def draw_box(axes: Axes, place: float, values: np.ndarray, colour: str, mean_siz
     )
 
 
+def write_figure(figure: Figure, path: str) -> None:
+    """Write a figure as PNG; the file appears whole or not at all."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
 def save_figure(figure: Figure, folder: str, file: str, title: str, caption: str) -> dict[str, str]:
     """Write a figure as PNG and return its entry in an evaluation's report."""
-    write_atomically(os.path.join(folder, file), lambda path: figure.savefig(path, dpi=110, format="png"))
+    write_figure(figure, os.path.join(folder, file))
     return {"file": file, "title": title, "caption": caption}

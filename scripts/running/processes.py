@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from scripts.running.checks import check_knobs
@@ -47,15 +46,16 @@ def local_device() -> torch.device:
     if local_rank is None or "MASTER_ADDR" not in os.environ:
         raise BundleError(
             "config_file: the multi_gpu configs are for processes that torchrun starts (LOCAL_RANK and MASTER_ADDR are "
-            "not set); `torchrun --standalone --nproc_per_node=2 -m monai.bundle run ...` would be right"
+            "not set); start them with `torchrun --standalone --nproc_per_node=2 -m monai.bundle run ...`"
         )
     count = torch.cuda.device_count()
     if not count:
         return torch.device("cpu")
     if int(local_rank) >= count:
         raise BundleError(
-            f"nproc_per_node: this is process {int(local_rank) + 1} of a machine that has {count} GPUs; at most as "
-            "many processes as GPUs would be right"
+            f"nproc_per_node: this is process {int(local_rank) + 1} of a machine that has {count} GPUs; expected at "
+            "most as "
+            "many processes as GPUs"
         )
     return torch.device("cuda", int(local_rank))
 
@@ -108,8 +108,9 @@ def check_shared_evenly(**knobs: int) -> None:
     for key, value in knobs.items():
         if value % size:
             raise BundleError(
-                f"{key}: {value} was given, which {size} processes cannot share evenly; a multiple of {size} such as "
-                f"{-(-value // size) * size} would be right"
+                f"{key}: {value} was given, which {size} processes cannot share evenly; expected a multiple of {size} "
+                "such as "
+                f"{-(-value // size) * size}"
             )
 
 
@@ -147,8 +148,8 @@ def connection() -> dist.Store:
         return dist.TCPStore(host, port, is_master=os.environ["RANK"] == "0", multi_tenant=True, timeout=LONGEST_WAIT)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise BundleError(
-            "max-restarts: torchrun cannot start processes on several machines anew with one store; the environment "
-            "variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or --max-restarts=0, would be right"
+            "max-restarts: torchrun cannot start processes on several machines anew with one store; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or --max-restarts=0"
         )
     store = dist.TCPStore(host, port, is_master=False, timeout=LONGEST_WAIT)
     return dist.PrefixStore(f"start_{restart_count()}", store)
@@ -212,15 +213,15 @@ class Guard:
         while plain is None and cause.__cause__ is not None:  # MONAI says "failed to instantiate" on the way
             cause = cause.__cause__
         text = str(cause)[:2000] if plain else f"{type(cause).__name__}: {cause}"[:2000]
-        mine = f"rank {self.rank} failed: {text}"
+        report = f"rank {self.rank} failed: {text}"
         try:
-            first = self.answers.compare_set(FAILED, "", mine).decode()
+            first = self.answers.compare_set(FAILED, "", report).decode()
         except RuntimeError:  # the launcher is gone
-            first = mine
-        if first == mine:
+            first = report
+        if first == report:
             self.previous(kind, error, trace)
             if plain is None:  # below its traceback
-                print(f"error: {mine}", file=sys.stderr)
+                print(f"error: {report}", file=sys.stderr)
         elif first.split(": ", 1)[1] != text:
             print(f"error: rank {self.rank} ends, since {first}", file=sys.stderr)
 
@@ -265,25 +266,11 @@ def gathered(value: T) -> list[T]:
 def in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
     """The items that `share` gave to the processes, in their order again."""
     items: list[Any] = [None] * sum(map(len, shares))
-    for rank, mine in enumerate(shares):
-        items[rank :: len(shares)] = mine
+    for rank, items_of_rank in enumerate(shares):
+        items[rank :: len(shares)] = items_of_rank
     return items
 
 
 def shared_out(work: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
     """[work(item) for item in items], each done by one of the processes; all get all results. Collective."""
     return in_turn(gathered([work(item) for item in share(items)]))
-
-
-class NoWriter:
-    """What the other ranks have in place of a `SummaryWriter`: every method of it, doing nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if not hasattr(SummaryWriter, name):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: None
-
-
-def summary_writer(log_dir: str) -> SummaryWriter | NoWriter:
-    """A TensorBoard writer on rank 0."""
-    return SummaryWriter(log_dir) if idist.get_rank() == 0 else NoWriter()

@@ -43,13 +43,13 @@ def end_with_parent(parent: int) -> None:
 
 
 @contextmanager
-def on_signals(hear: Callable[[int], None]) -> Iterator[None]:
-    """Hand SIGTERM and Ctrl-C to `hear`, in the main thread, where Python has them; not in forks."""
+def on_signals(react: Callable[[int], None]) -> Iterator[None]:
+    """Hand SIGTERM and Ctrl-C to `react`, in the main thread, where Python has them; not in forks."""
     process = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
-            hear(number)
+            react(number)
 
     main = threading.current_thread() is threading.main_thread()
     previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
@@ -69,7 +69,7 @@ def ending_at_once(engine: Engine, advice: Callable[[], str]) -> Iterator[None]:
     """
     asked = 0
 
-    def hear(number: int) -> None:
+    def end(number: int) -> None:
         nonlocal asked
         asked = number
         raise SystemExit(STATUS[number])
@@ -79,7 +79,7 @@ def ending_at_once(engine: Engine, advice: Callable[[], str]) -> Iterator[None]:
             raise SystemExit(STATUS[asked])
 
     removable = engine.add_event_handler(Events.ITERATION_STARTED, again)
-    with on_signals(hear):
+    with on_signals(end):
         try:
             yield
         except BaseException:

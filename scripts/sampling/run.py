@@ -49,17 +49,15 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
         evaluator.run()
         return
     if resume and seed < 0:
-        raise BundleError(
-            f"resume: true was given with seed {seed}, which is a new one each time; a seed would be right"
-        )
+        raise BundleError(f"resume: true was given with seed {seed}, which is a new one each time; expected a seed")
     folders = [saver.output_dir, *(os.path.join(saver.output_dir, name) for name in saver.class_names)]
     if idist.get_rank() == 0:
         remove_partial(**{folder: folder for folder in folders})
     idist.barrier()
     batches, data = evaluator.data_loader.batch_sampler, evaluator.data_loader.dataset.data
-    mine, dims = list(batches.sampler), len(saver.settings.get("spatial_shape", "xyz"))
+    own, dims = list(batches.sampler), len(saver.settings.get("spatial_shape", "xyz"))
     places = [saver.path(seed, item["image"], item["class_label"], dims) for item in data]
-    paths = [places[index] for index in mine]
+    paths = [places[index] for index in own]
     marks = {path: made_with(path) for path in paths if os.path.exists(path)}
     others = {path: mark for path, mark in marks.items() if mark not in (saver.mark, None)}
     if others:
@@ -67,14 +65,12 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
             f"{len(others)} of {len(paths)} volumes are there, but were made otherwise: {differences(others, saver)}"
         )
         if resume:
-            raise BundleError(
-                f"resume: {found}; the same settings, another output_dir, or --resume false would be right"
-            )
+            raise BundleError(f"resume: {found}; expected the same settings, another output_dir, or --resume false")
         logger.warning(f"{found}; they were moved to {set_aside(others, saver.output_dir, '.previous')!r}")
-    there = {path for path, mark in marks.items() if mark == saver.mark} if resume else set()
-    left = [i for i in mine if not (places[i] in there and kept(data[i], places[i], mosaic))]
+    intact = {path for path, mark in marks.items() if mark == saver.mark} if resume else set()
+    left = [i for i in own if not (places[i] in intact and kept(data[i], places[i], mosaic))]
     if resume:
-        logger.info(f"resume: {len(mine) - len(left)} of {len(mine)} volumes are there")
+        logger.info(f"resume: {len(own) - len(left)} of {len(own)} volumes are there")
     if idist.get_rank() == 0:
         warn_of_others(saver, folders, places)
         record(saver)
@@ -93,7 +89,7 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
             elif mosaic is not None:
                 mosaic.write(evaluator)
     finally:
-        batches.sampler, evaluator.state.epoch_length = mine, length
+        batches.sampler, evaluator.state.epoch_length = own, length
 
 
 def kept(item: Mapping[str, Any], path: str, mosaic: MosaicHandler | None) -> bool:

@@ -145,8 +145,9 @@ class SaveVolumes:
             path = self.path(seed, volume, label, voxels.ndim)
             if bad := np.count_nonzero(~np.isfinite(voxels)):
                 raise BundleError(
-                    f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; finite weights, "
-                    "--amp float32 or another solver would be right"
+                    f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; expected "
+                    "finite weights, "
+                    "--amp float32 or another solver"
                 )
             os.makedirs(os.path.dirname(path), exist_ok=True)
             description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"

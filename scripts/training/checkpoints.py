@@ -15,12 +15,14 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from scripts.diffusion.description import PATTERN, as_json, described, labelled
+from scripts.diffusion.description import PATTERN, described, labelled
 from scripts.diffusion.state_dicts import check_finite, load_file
 from scripts.diffusion.weights import save_weights
 from scripts.running.errors import BundleError
 from scripts.running.files import save_tensors, write_atomically, write_text
+from scripts.running.settings import as_json
 from scripts.training.intervals import IntervalHandler
+from scripts.training.records import TrainingRecords
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +80,13 @@ def check_space(ckpt_dir: str, network: nn.Module, checkpoints_kept: int) -> Non
     one = 5 * weights
     all_of_them = (4 * (checkpoints_kept + 1) + 1) * weights  # an old one goes after a new one is there
     free = shutil.disk_usage(ckpt_dir).free
-    there = sum(map(os.path.getsize, checkpoints_in(ckpt_dir)))
+    replaceable = sum(map(os.path.getsize, checkpoints_in(ckpt_dir)))
     sizes = (
         f"{free / 2**20:.0f} MiB are free in {ckpt_dir!r}, and a checkpoint with its model.pt takes {one / 2**20:.0f}"
     )
     if free < one:
         raise BundleError(f"ckpt_dir: {sizes}; make room, or give a ckpt_dir on another disk")
-    if free + there < all_of_them:
+    if free + replaceable < all_of_them:
         logger.warning(
             f"ckpt_dir: {sizes}; checkpoints_kept = {checkpoints_kept} need {all_of_them / 2**20:.0f} MiB: the disk "
             "will be full before the end"
@@ -104,7 +106,7 @@ class CheckpointHandler(IntervalHandler):
         interval: in iterations.
         keep: number of checkpoints to keep.
         description: the knobs of `scripts.diffusion.description.DESCRIBING`, for model.json and the weights files.
-        records: things with a `flush`, called first: what was recorded up to a checkpoint is on the disk before it is.
+        records: of the run, flushed first: what was recorded up to a checkpoint is on the disk before it is.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class CheckpointHandler(IntervalHandler):
         interval: int,
         keep: int,
         description: dict,
-        records: Sequence[Any] = (),
+        records: TrainingRecords,
     ) -> None:
         super().__init__(interval)
         self.ckpt_dir, self.parts, self.keep = ckpt_dir, parts, keep
@@ -153,8 +155,7 @@ class CheckpointHandler(IntervalHandler):
     def save(self, content: dict) -> None:
         """Write a checkpoint, and the model.pt and model.json that belong to it."""
         os.makedirs(self.ckpt_dir, exist_ok=True)
-        for record in self.records:
-            record.flush()
+        self.records.flush()
         write_atomically(self.path(content["iteration"]), lambda path: save_tensors(content, path))
         self.save_weights(content["iteration"], content["ema"])
         for path in checkpoints_in(self.ckpt_dir)[self.keep :]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from monai.utils import optional_import
 
-from scripts.running.files import write_atomically
-from scripts.training.records import CsvRecord
+from scripts.running.pictures import write_figure
+from scripts.training.records import TrainingRecords
 
 Axes, _ = optional_import("matplotlib.axes", name="Axes")  # as in scripts.running.pictures
 Figure, _ = optional_import("matplotlib.figure", name="Figure")
@@ -21,13 +21,13 @@ def loss_statistics(losses: np.ndarray) -> dict[str, float]:
     return dict(zip(STATISTICS, map(float, values)))
 
 
-def draw_losses(axes: Axes, training: CsvRecord, validation: CsvRecord, surges: CsvRecord | None = None) -> np.ndarray:
+def draw_losses(axes: Axes, records: TrainingRecords) -> np.ndarray:
     """Draw training and held-out losses against the iteration, and what a `scripts.training.surge.SurgeGuard` gave up.
 
     Returns:
         the training losses, one an iteration; nothing is drawn where there are none.
     """
-    rows = training.rows()
+    rows = records.losses.rows()
     losses = np.array([float(row["loss"]) for row in rows])
     if not rows:
         return losses
@@ -38,12 +38,12 @@ def draw_losses(axes: Axes, training: CsvRecord, validation: CsvRecord, surges: 
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(iterations[window - 1 :], smooth, color="0.3", label=f"training, mean of {window}")
     for weights, colour in (("raw", "tab:orange"), ("ema", "tab:blue")):
-        held_out = [row for row in validation.rows() if row["weights"] == weights]
+        held_out = [row for row in records.validation.rows() if row["weights"] == weights]
         points = [(int(row["iteration"]), float(row["loss"])) for row in held_out]
         if points:
             axes.plot(*zip(*points), marker=".", color=colour, label=f"held out, {weights} weights")
     stretches: dict[str, list[tuple[int, float]]] = {}
-    for row in surges.rows() if surges is not None else ():
+    for row in records.surges.rows():
         stretches.setdefault(row["surge"], []).append((int(row["iteration"]), float(row["loss"])))
     labels = {"label": "given up after a surge"}, {"label": "gone back to, with a lower learning rate"}
     for points in stretches.values():
@@ -55,15 +55,15 @@ def draw_losses(axes: Axes, training: CsvRecord, validation: CsvRecord, surges: 
     return losses
 
 
-def plot_losses(training: CsvRecord, validation: CsvRecord, path: str, surges: CsvRecord | None = None) -> None:
-    """The picture of `draw_losses`, with the table of `loss_statistics` beside it."""
+def plot_losses(records: TrainingRecords, path: str) -> None:
+    """Write the picture of `draw_losses`, with the table of `loss_statistics` beside it."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes, side = figure.subplots(1, 2, width_ratios=(4, 1))
-    losses = draw_losses(axes, training, validation, surges)
+    losses = draw_losses(axes, records)
     if not len(losses):
         return
     side.axis("off")
     table = side.table([[f"{v:.5g}"] for v in loss_statistics(losses).values()], rowLabels=STATISTICS, loc="center")
     table.scale(1, 1.4)
     side.set_title("training loss")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    write_figure(figure, path)

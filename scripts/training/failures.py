@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -36,7 +37,7 @@ class Failures:
     say about comes out as it is.
 
     Args:
-        batch_size, spatial_shape, accumulation_steps, activation_checkpointing: as the config has them.
+        parameters: the knobs of the config.
         amp_dtype: of autocast; None for float32.
 
     Raises:
@@ -45,21 +46,9 @@ class Failures:
         LoaderDied: a loader process has ended.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        spatial_shape: Sequence[int],
-        amp_dtype: torch.dtype | None,
-        activation_checkpointing: str | Sequence[int],
-        accumulation_steps: int,
-    ) -> None:
-        self.knobs = {
-            "batch_size": batch_size,
-            "spatial_shape": list(spatial_shape),
-            "amp": amp_dtype or torch.float32,
-            "activation_checkpointing": activation_checkpointing,
-            "accumulation_steps": accumulation_steps,
-        }
+    def __init__(self, parameters: Mapping[str, Any], amp_dtype: torch.dtype | None) -> None:
+        wanted = ("batch_size", "spatial_shape", "amp", "activation_checkpointing", "accumulation_steps")
+        self.knobs = {key: parameters[key] for key in wanted} | {"amp": amp_dtype or torch.float32}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self)
@@ -73,7 +62,7 @@ class Failures:
         if reason := death_of_loader(error):
             raise LoaderDied(
                 f"num_workers: a loader process has died ({reason}); if nobody stopped it, memory ran out: fewer "
-                "num_workers, `--cache disk` or a smaller batch_size would be right, and --resume true goes on from "
+                "num_workers, `--cache disk` or a smaller batch_size help, and --resume true goes on from "
                 "the newest checkpoint"
             ) from error
         raise error

@@ -9,7 +9,8 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
+
+from scripts.training.records import TrainingRecords
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,11 @@ class GradientNorm:
     Args:
         optimizer: whose parameters they are.
         max_norm: the largest norm that is let through, above 0; None for any.
-        summary_writer: gets "gradient_norm", before clipping.
+        records: of the run; TensorBoard gets "gradient_norm", before clipping.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, summary_writer: SummaryWriter) -> None:
-        self.optimizer, self.max_norm, self.summary_writer = optimizer, max_norm, summary_writer
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, records: TrainingRecords) -> None:
+        self.optimizer, self.max_norm, self.records = optimizer, max_norm, records
         self.warned = False
 
     def attach(self, engine: Engine) -> None:
@@ -84,7 +85,7 @@ class GradientNorm:
         if self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         if torch.isfinite(norm):
-            self.summary_writer.add_scalar("gradient_norm", norm, engine.state.iteration)
+            self.records.summary_writer.add_scalar("gradient_norm", norm, engine.state.iteration)
         elif scale is None and not self.warned:  # a GradScaler skips such a step
             self.warned = True
             logger.warning(

@@ -10,34 +10,22 @@ from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from scripts.training.curves import plot_losses
-from scripts.training.records import CsvRecord
+from scripts.training.records import TrainingRecords
 
 
-class TrainingRecord:
+class TrainingProgress:
     """Trainer handler: a bar with loss, speed and time left; a row of loss.csv each iteration; the loss curve.
 
     It also ends the run after `max_iterations`. Expects `engine.state.output` as a list of {"loss": float}.
 
     Args:
-        losses: record with the columns "epoch" and "loss", written here.
-        validation: record of `scripts.training.validation.ValidationHandler`, for the curve.
-        curve: path of the picture.
+        records: of the run; the losses are written here.
         max_iterations: of the whole run, those before a resume included.
-        plot_interval: the curve is drawn every so many iterations, and at the end.
-        surges: record of `scripts.training.surge.SurgeGuard`, for the curve.
+        plot_interval: loss_curve.png is drawn every so many iterations, and at the end.
     """
 
-    def __init__(
-        self,
-        losses: CsvRecord,
-        validation: CsvRecord,
-        curve: str,
-        max_iterations: int,
-        plot_interval: int,
-        surges: CsvRecord | None = None,
-    ) -> None:
-        self.losses, self.validation, self.curve, self.surges = losses, validation, curve, surges
-        self.max_iterations, self.plot_interval = max_iterations, plot_interval
+    def __init__(self, records: TrainingRecords, max_iterations: int, plot_interval: int) -> None:
+        self.records, self.max_iterations, self.plot_interval = records, max_iterations, plot_interval
         self.bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -47,8 +35,8 @@ class TrainingRecord:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        self.losses.start(engine.state.iteration)
-        self.validation.start(engine.state.iteration)
+        self.records.losses.start(engine.state.iteration)
+        self.records.validation.start(engine.state.iteration)
         if self.bar is not None:  # the run goes on after a surge
             self.bar.close()
         total = min(self.max_iterations, engine.state.max_epochs * engine.state.epoch_length)
@@ -62,14 +50,14 @@ class TrainingRecord:
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output[0][CommonKeys.LOSS]  # the batch's, beside each of its volumes
-        self.losses.add(engine.state.iteration, engine.state.epoch, repr(loss))
+        self.records.losses.add(engine.state.iteration, engine.state.epoch, repr(loss))
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update()
         self.stop_if_done(engine)
 
     def plot(self, engine: Engine) -> None:
         if idist.get_rank() == 0:
-            plot_losses(self.losses, self.validation, self.curve, self.surges)
+            plot_losses(self.records, self.records.path("loss_curve.png"))
             gc.collect()  # a figure is a cycle of 4 MB, which Python would leave for thousands of iterations
 
     def finish(self, engine: Engine) -> None:

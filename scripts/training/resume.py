@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 
 from scripts.diffusion.description import check_described, described
 from scripts.diffusion.state_dicts import check_fits
+from scripts.running.checks import as_bool
 from scripts.running.errors import BundleError
 from scripts.running.files import set_aside
 from scripts.running.processes import note_launch, started_anew
@@ -22,14 +23,14 @@ from scripts.training.checkpoints import checkpoints_in, newest_whole
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_to_resume(ckpt_dir: str, resume: bool) -> str | None:
+def checkpoint_to_resume(ckpt_dir: str, resume: bool | str) -> str | None:
     """The newest checkpoint of the run that this command goes on with; None where it begins a new one. Collective.
 
     Args:
         ckpt_dir: where checkpoints are.
         resume: as the knob says; a training that the same torchrun starts anew goes on too.
     """
-    return next(iter(checkpoints_in(ckpt_dir)), None) if resume or started_anew(ckpt_dir) else None
+    return next(iter(checkpoints_in(ckpt_dir)), None) if as_bool(resume=resume) or started_anew(ckpt_dir) else None
 
 
 def check_resume(ckpt_path: str | None, expected: Mapping[str, Any]) -> None:
@@ -64,8 +65,9 @@ class ResumeHandler:
     schedulers have too.
     """
 
-    def __init__(self, ckpt_dir: str, parts: dict[str, Any], sampler: Any, resume: bool = False) -> None:
-        self.ckpt_dir, self.parts, self.sampler, self.resume = ckpt_dir, parts, sampler, resume
+    def __init__(self, ckpt_dir: str, parts: dict[str, Any], sampler: Any, resume: bool | str = False) -> None:
+        self.ckpt_dir, self.parts, self.sampler = ckpt_dir, parts, sampler
+        self.resume = as_bool(resume=resume)
         for group in parts["optimizer"].param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.given = [group["initial_lr"] for group in parts["optimizer"].param_groups]
@@ -107,9 +109,9 @@ class ResumeHandler:
         for group, given in zip(self.parts["optimizer"].param_groups, self.given, strict=True):
             rate = group["lr"]
             halved = given >= rate and math.log2(given / rate).is_integer()  # what surges do
-            begun_with = group.get("initial_lr", given if halved else rate)  # version 0.4 took no note
+            first_given = group.get("initial_lr", given if halved else rate)  # version 0.4 took no note
             group["initial_lr"] = given
-            if given != begun_with:
+            if given != first_given:
                 group["lr"] = given
                 logger.warning(f"learning_rate: {given:g} from here on, in place of {rate:g}")
             elif given != rate:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -20,7 +20,13 @@ from scripts.training.surge import LossSurge, SurgeGuard
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # a disk that is full or gone
 
 
-def train(trainer: Trainer, handlers: Sequence[Any], retries: int, stop: Stop | None = None) -> None:
+def train(
+    trainer: Trainer,
+    handlers: Sequence[Any],
+    retries: int,
+    time_limit: float | None = None,
+    started: float | None = None,
+) -> None:
     """Train to the end, and go back from each surge of the loss.
 
     Going back is a resume from the newest good checkpoint, one from before the newest 21 losses: weights, EMA, moments,
@@ -33,7 +39,7 @@ def train(trainer: Trainer, handlers: Sequence[Any], retries: int, stop: Stop | 
         trainer: with the handlers attached.
         handlers: among them a `ResumeHandler`, a `SurgeGuard` after it, and a `CheckpointHandler`.
         retries: how often to go back before stopping.
-        stop: ends the training early if asked to; None for a training that only a kill ends early.
+        time_limit, started: see `scripts.training.stop.Stop`; None for now.
 
     Raises:
         BundleError: a surge after the last retry, or one that there is no way back from; says what to try. A file
@@ -44,7 +50,8 @@ def train(trainer: Trainer, handlers: Sequence[Any], retries: int, stop: Stop | 
     resume, guard, checkpoints = (next(h for h in handlers if isinstance(h, kind)) for kind in kinds)
     trainer.interrupt_resume_enabled = False  # ignite's other loop does not start again after an exception
     trainer.logger.setLevel(logging.CRITICAL)  # ignite would log that the run ends
-    with stop.watch(trainer, checkpoints) if stop is not None else nullcontext():
+    started = time.monotonic() if started is None else started
+    with Stop(time_limit, started, trainer.accumulation_steps).watch(trainer, checkpoints):
         for number in count(1):
             try:
                 return trainer.run()

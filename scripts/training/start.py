@@ -16,8 +16,35 @@ from scripts.diffusion.state_dicts import check_finite, check_fits, read_state_d
 from scripts.diffusion.wavelets import bands_of, grown
 from scripts.diffusion.weights import load_weights
 from scripts.running.errors import BundleError
+from scripts.training.checkpoints import check_space
+from scripts.training.resume import check_resume
 
 logger = logging.getLogger(__name__)
+
+
+def prepare_weights(
+    parts: Mapping[str, nn.Module],
+    description: Mapping[str, Any],
+    ckpt_dir: str,
+    checkpoints_kept: int,
+    init_ckpt: str | None = None,
+    resumed_ckpt: str | None = None,
+) -> None:
+    """Everything about weights and their places that can go wrong before any data are read.
+
+    Args:
+        parts: {"network", "ema"}, which receive the weights of `init_ckpt`.
+        description: the knobs of `DESCRIBING` as they are now.
+        ckpt_dir, checkpoints_kept: see `check_space`.
+        init_ckpt: see `begin_with`.
+        resumed_ckpt: see `check_resume`.
+
+    Raises:
+        BundleError: see these functions.
+    """
+    check_space(ckpt_dir, parts["network"], checkpoints_kept)
+    check_resume(resumed_ckpt, description)
+    begin_with(init_ckpt, parts["network"], parts["ema"], description)
 
 
 def begin_with(
@@ -57,7 +84,7 @@ def grow(state_dict: dict, ckpt_path: str, network: nn.Module, expected: Mapping
     if not description:
         raise BundleError(
             f"init_ckpt: {ckpt_path!r} does not say how it was trained, and no JSON file beside it does; a network "
-            "that is grown must know it: the model.json of that training would be right"
+            "that is grown must know it; expected the model.json of that training"
         )
     coarse, wanted = description.get("spatial_shape"), [side // 2**levels for side in spatial_shape]
     if coarse not in (None, wanted):

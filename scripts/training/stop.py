@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from scripts.running.checks import check_knobs
 from scripts.running.errors import LoaderDied
 from scripts.running.signals import NAME, STATUS, TIME_LIMIT, on_signals
 from scripts.training.checkpoints import CheckpointHandler, bytes_of, checkpoints_in, iteration_of
@@ -20,12 +19,6 @@ from scripts.training.checkpoints import CheckpointHandler, bytes_of, checkpoint
 logger = logging.getLogger(__name__)
 SLOWEST_DISK = 20e6  # bytes a second, until a checkpoint has been written
 ONE_PRESS = 1.0  # seconds in which a launcher may pass on the Ctrl-C that the terminal has sent to everybody
-
-
-def begun(time_limit: float | None) -> float:
-    """Check the knob, in minutes or None, and read the clock, monotonic in seconds, from which it counts."""
-    check_knobs(time_limit=time_limit)
-    return time.monotonic()
 
 
 class Stop:
@@ -37,14 +30,14 @@ class Stop:
     finished first.
 
     Args:
-        time_limit: minutes from `begun` within which the process should have ended; None for no limit. The longest
+        time_limit: minutes from the start within which the process should have ended; None for no limit. The longest
             iteration so far, with the validation, preview or checkpoint after it, and one more checkpoint must fit.
-        begun: time.monotonic() at the beginning, see the function of that name.
+        started: `time.monotonic()` at the start, see `scripts.running.start.start`.
         accumulation_steps: iterations a step of the optimizer.
     """
 
-    def __init__(self, time_limit: float | None, begun: float, accumulation_steps: int = 1) -> None:
-        self.deadline = None if time_limit is None else begun + 60 * time_limit
+    def __init__(self, time_limit: float | None, started: float, accumulation_steps: int = 1) -> None:
+        self.deadline = None if time_limit is None else started + 60 * time_limit
         self.accumulation_steps = accumulation_steps
         self.asked = 0  # the reason; a signal's number is greater than that of the time limit
         self.asked_at = 0.0
@@ -55,7 +48,7 @@ class Stop:
     def watch(self, trainer: Engine, checkpoints: CheckpointHandler) -> Iterator[None]:
         """While the trainer runs, listen to signals and to the clock."""
         removable = trainer.add_event_handler(Events.GET_BATCH_STARTED, self, checkpoints)
-        with on_signals(self.hear):
+        with on_signals(self.on_signal):
             try:
                 yield
             except LoaderDied:
@@ -66,7 +59,7 @@ class Stop:
             finally:
                 removable.remove()
 
-    def hear(self, number: int) -> None:
+    def on_signal(self, number: int) -> None:
         now = time.monotonic()
         if not self.asked:
             self.asked, self.asked_at = number, now
@@ -94,8 +87,7 @@ class Stop:
     def end(self, engine: Engine, checkpoints: CheckpointHandler, asked: int) -> None:
         if engine.state.iteration:
             checkpoints(engine)
-        for record in checkpoints.records:
-            record.flush()
+        checkpoints.records.flush()
         idist.barrier()  # a launcher may end all processes as soon as one has ended
         raise self.ended(engine, checkpoints, asked)
 

@@ -18,7 +18,7 @@ from scripts.running.errors import BundleError
 from scripts.running.files import set_aside
 from scripts.running.processes import gathered
 from scripts.training.checkpoints import CheckpointHandler, checkpoints_in, iteration_of, newest_whole
-from scripts.training.records import CsvRecord
+from scripts.training.records import TrainingRecords
 
 logger = logging.getLogger(__name__)
 NEWEST, EARLIER = 21, 200  # losses whose medians are compared
@@ -41,13 +41,12 @@ class SurgeGuard:
     21 do. The losses are those of loss.csv, so that a resumed run judges as one that was never stopped.
 
     Args:
-        losses: the record of the training loss.
-        surges: record with the columns "surge" (1, 2, ...), "loss" and "learning_rate" (with which the run went on).
+        records: of the run; what is given up goes into its surges.csv.
         factor: above 1; None looks for NaN only, and does not go back.
     """
 
-    def __init__(self, losses: CsvRecord, surges: CsvRecord, factor: float | None) -> None:
-        self.losses, self.surges, self.factor = losses, surges, factor
+    def __init__(self, records: TrainingRecords, factor: float | None) -> None:
+        self.losses, self.surges, self.factor = records.losses, records.surges, factor
         self.window: deque[float] = deque(maxlen=NEWEST + EARLIER)
 
     def attach(self, engine: Engine) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.utils import CommonKeys
-from torch.utils.tensorboard import SummaryWriter
+from torch import nn
 
 from scripts.running.processes import gathered
 from scripts.training.intervals import IntervalHandler
+from scripts.training.records import TrainingRecords
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +23,21 @@ QUARTERS = 4
 class TimestepLoss:
     """Evaluator handler: metrics "loss" and "loss_quarter_1" (least noise) to "loss_quarter_4" (most noise).
 
-    Their full names, as loggers and experiment trackers show them, are "validation_<weights>/loss" and so on.
+    Their full names, as loggers and experiment trackers show them, are "validation_raw/loss" and "validation_ema/loss"
+    and so on, by whose weights the evaluator has for its network.
 
     A sample belongs to quarter (draw mod 4) + 1, which is how `SeededPrepareBatch(num_strata=4)` draws timesteps. All
     processes get the metrics of the samples of all of them, in the order of the draws; one that came twice counts once.
 
     Args:
         loss_function: (prediction, target) -> mean loss, the one of the training.
-        weights: "raw" or "ema": whose loss it is.
+        ema_network: the average; any other network has the raw weights.
     """
 
-    def __init__(self, loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weights: str) -> None:
-        self.loss_function, self.weights = loss_function, weights
+    def __init__(
+        self, loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ema_network: nn.Module
+    ) -> None:
+        self.loss_function, self.ema_network = loss_function, ema_network
         self.losses: dict[int, torch.Tensor] = {}  # by draw
 
     def attach(self, engine: Engine) -> None:
@@ -53,9 +56,10 @@ class TimestepLoss:
             self.losses[int(draw)] = self.loss_function(prediction[None], wanted[None])
 
     def finish(self, engine: Engine) -> None:
-        name, metrics = f"validation_{self.weights}/loss", engine.state.metrics
-        mine = dict(zip(self.losses, torch.stack([*self.losses.values()]).cpu()))
-        found = sorted({draw: loss for losses in gathered(mine) for draw, loss in losses.items()}.items())
+        weights = "ema" if engine.network is self.ema_network else "raw"
+        name, metrics = f"validation_{weights}/loss", engine.state.metrics
+        by_draw = dict(zip(self.losses, torch.stack([*self.losses.values()]).cpu()))
+        found = sorted({draw: loss for losses in gathered(by_draw) for draw, loss in losses.items()}.items())
         quarters = [[loss for draw, loss in found if draw % QUARTERS == i] for i in range(QUARTERS)]
         metrics[name] = float(torch.stack([loss for losses in quarters for loss in losses]).mean())
         for i, losses in enumerate(quarters, 1):
@@ -63,28 +67,29 @@ class TimestepLoss:
 
 
 class ValidationHandler(IntervalHandler):
-    """Trainer handler like MONAI's `ValidationHandler`, by iterations, which also records what was measured.
+    """Trainer handler like MONAI's `ValidationHandler`, by iterations, for several networks, whose losses it records.
 
     Args:
         interval: in iterations.
         validator: evaluator with a `TimestepLoss` handler.
-        weights: "raw" or "ema": whose loss it is.
-        record: a `CsvRecord` with the columns weights, loss, loss_quarter_1 ... loss_quarter_4.
-        summary_writer: TensorBoard writer that also gets the losses.
+        networks: {"raw": the one that is trained, "ema": its average}; the evaluator runs with each of them in turn.
+        records: of the run; validation.csv is written here.
     """
 
     def __init__(
-        self, interval: int, validator: Evaluator, weights: str, record: Any, summary_writer: SummaryWriter
+        self, interval: int, validator: Evaluator, networks: Mapping[str, nn.Module], records: TrainingRecords
     ) -> None:
         super().__init__(interval)
-        self.validator, self.weights, self.record, self.summary_writer = validator, weights, record, summary_writer
+        self.validator, self.networks, self.records = validator, networks, records
 
     def __call__(self, engine: Engine) -> None:
         iteration = engine.state.iteration
-        self.validator.run(iteration)  # what MONAI calls the epoch is the step at which trackers put the metrics
-        loss = f"validation_{self.weights}/loss"
-        metrics = {n: self.validator.state.metrics[n] for n in (loss, *(f"{loss}_quarter_{i}" for i in (1, 2, 3, 4)))}
-        self.record.add(iteration, self.weights, *(f"{value:.6f}" for value in metrics.values()))
-        for name, value in metrics.items():
-            self.summary_writer.add_scalar(name, value, iteration)
-        logger.info(f"iteration {iteration}: held-out loss {metrics[loss]:.5f} with {self.weights} weights")
+        for weights, network in self.networks.items():
+            self.validator.network = network
+            self.validator.run(iteration)  # what MONAI calls the epoch is the step at which trackers put the metrics
+            names = [f"validation_{weights}/loss{part}" for part in ("", *(f"_quarter_{i}" for i in (1, 2, 3, 4)))]
+            losses = {name: self.validator.state.metrics[name] for name in names}
+            self.records.validation.add(iteration, weights, *(f"{value:.6f}" for value in losses.values()))
+            for name, value in losses.items():
+                self.records.summary_writer.add_scalar(name, value, iteration)
+            logger.info(f"iteration {iteration}: held-out loss {losses[names[0]]:.5f} with {weights} weights")

@@ -26,6 +26,7 @@ from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.running.pictures import mosaic
 from scripts.training.previews import PreviewHandler
+from scripts.training.records import TrainingRecords
 
 NAMES = ["bright", "dark"]
 NO_CLASS = 2
@@ -196,7 +197,7 @@ def test_previews_show_the_classes_in_turn_a_row_each():
         asked.append(class_labels.tolist())
         return torch.full_like(noise, float(class_labels[0]))
 
-    previews = PreviewHandler(sampler, [4, 4], 1, "", num_samples=5, class_names=NAMES)
+    previews = PreviewHandler(sampler, [4, 4], 1, TrainingRecords(""), num_samples=5, class_names=NAMES)
     strips = previews.strips(SimpleNamespace(state=SimpleNamespace(device="cpu")))
     assert asked == [[0], [1], [0], [1], [0]]
     picture = mosaic(strips, gap=0, smallest=1, labels=previews.labels)
@@ -248,9 +249,9 @@ ROWS = "dark/a.nii.gz,dark\nbright/b.nii,bright\ndark/bright/c.nii.gz,dark\nbrig
         ),
         ("file,class\n" + ROWS.replace("dark/a.nii.gz,dark\n", ""), ["1 of 4 images", "no line", "a.nii.gz"]),
         ("file,class\n" + ROWS + "bright/b.nii,dark\n", ["line 6", "'dark', and 'bright' in a line before"]),
-        ("file,class\nbright/b.nii\n", ["line 2", "the class ''"]),
-        ("file;class\n" + ROWS, ["has the columns ['file;class']", "'file' and 'class'"]),
-        ("", ["has the columns []"]),
+        ("file,class\nbright/b.nii\n", ["line 2", "cut short"]),
+        ("file;class\n" + ROWS, ["has no column 'file', only ['file;class']", "'file' and 'class'"]),
+        ("", ["has no column 'file', only []"]),
         (None, ["cannot be read", "No such file"]),
     ],
     ids=["missing file", "unknown class", "scan without class", "two classes", "no class", "columns", "empty", "none"],
@@ -286,7 +287,7 @@ def test_class_knobs_of_training_are_checked(class_names, class_dropout, words):
 
 def test_a_table_without_names_and_a_class_without_images_are_refused(scans):
     with pytest.raises(BundleError, match="class_table: 'x.csv' was given without class_names"):
-        check_table(None, "x.csv")
+        check_knobs(class_names=None, class_table="x.csv")
     with pytest.raises(BundleError, match="class_table: 'x.csv' cannot be read"):
         check_table(NAMES, "x.csv")
     labelled = [item | {"class_label": 0} for item in scans]

@@ -18,7 +18,7 @@ from conftest import ROOT, preprocessing
 from monai.data import DataLoader
 from monai.transforms import Compose, LoadImaged, RandFlipd, RandGaussianNoised, RandScaleIntensityd
 
-from scripts.data import datasets
+from scripts.data import cache as disk_cache
 from scripts.data.cache import hash_of
 from scripts.data.datasets import VolumeDataset, summarise
 from scripts.data.draws import DrawSampler, RepeatSampler
@@ -323,8 +323,8 @@ def test_the_hash_of_a_preprocessing_is_the_same_in_every_process(tmp_path):
 def test_the_disk_cache_is_dropped_when_the_code_changes_and_says_what_is_left(scans, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))[0]
-    datasets.mention_others.cache_clear()
-    monkeypatch.setattr(datasets, "version_of_code", lambda: "another")
+    disk_cache.mention_others.cache_clear()
+    monkeypatch.setattr(disk_cache, "version_of_code", lambda: "another")
     VolumeDataset(scans, preprocessing(), None, "disk", str(tmp_path))[0]
     assert len(list(tmp_path.rglob("*.pt"))) == 2
     assert "also holds 1 volumes (0 MB) of other settings or versions, which may be deleted" in caplog.text

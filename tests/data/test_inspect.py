@@ -253,7 +253,7 @@ SITUATIONS = {
     "a mask of everything": (
         masked(MASK + 1),
         {"mask_suffix": "_mask"},
-        "that has values from 1 to 2; 0 outside of the brain, 1 in it would be right",
+        "that has values from 1 to 2; 0 outside of the brain, 1 in it",
         None,
     ),
     "a ring of +-1": (put(image(waves(BRAIN))), {}, ONE, None),

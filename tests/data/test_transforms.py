@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from scripts.data.datasets import VolumeDataset
-from scripts.data.transforms import PadToAspect, ScaleForegroundd, filled, foreground_of, otsu_threshold
+from scripts.data.transforms import PadToAspect, ScaleForegroundd, fill_cavities, foreground_of, otsu_threshold
 from scripts.running.errors import BundleError, root_bundle_error
 
 CENTRE = np.array([7.0, -11.0, 5.0])  # mm, of the brain; not the middle of the field of view
@@ -295,10 +295,10 @@ def test_filling_closes_a_hollow_ball_but_not_a_cup():
     x, y, z = np.indices((21, 21, 21)) - 10
     r = np.sqrt(x**2 + y**2 + z**2)
     shell = (r < 9) & (r > 6)
-    assert np.array_equal(filled(shell), r < 9)
-    assert np.array_equal(filled(shell[:, :, 10]), (r < 9)[:, :, 10])  # a ring, in two dimensions
+    assert np.array_equal(fill_cavities(shell), r < 9)
+    assert np.array_equal(fill_cavities(shell[:, :, 10]), (r < 9)[:, :, 10])  # a ring, in two dimensions
     cup = shell & (z < 0)
-    assert np.array_equal(filled(cup)[:, :, 10:], np.zeros((21, 21, 11), bool))
+    assert np.array_equal(fill_cavities(cup)[:, :, 10:], np.zeros((21, 21, 11), bool))
 
 
 def test_an_image_without_foreground_is_named(tmp_path):

@@ -4,7 +4,7 @@ import torch
 from gaussian import MEAN, STD, IdealMixtureNetwork, IdealNetwork, exact_moments
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 
-from scripts.diffusion.process import PREDICTION_TYPES, convert, levels_at, training_timesteps
+from scripts.diffusion.process import PREDICTION_TYPES, levels_at, sample_coefficients, target, training_timesteps
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.solvers import SOLVERS, SPACINGS, gaussian_weight, visited
 from scripts.running.errors import BundleError
@@ -109,7 +109,10 @@ def test_an_ideal_output_converts_to_every_other_type(scheduler, source, wanted,
     x = torch.randn(shape)
     a, s = (level.view(-1, *[1] * (len(shape) - 1)) for level in levels_at(scheduler, timesteps))
     outputs = [IdealNetwork(scheduler, p)(x, timesteps).double() for p in (source, wanted)]
-    torch.testing.assert_close(convert(outputs[0], source, wanted, x.double(), a, s), outputs[1], atol=1e-5, rtol=1e-5)
+    p, q = sample_coefficients(source, a, s)
+    x0 = p * x + q * outputs[0]
+    converted = target(wanted, x0, (x - a * x0) / s, a, s)
+    torch.testing.assert_close(converted, outputs[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [5, 30])

@@ -236,7 +236,7 @@ def grown_from_shipped(levels: int, scheduler, prediction_type: str) -> tuple[nn
         pytest.skip("the shipped network has wavelets itself; growing it needs a coarse one")
     coarse, finer = unet_of_size(description, 1), unet_of_size(description, 8**levels)
     load_weights(coarse, path)
-    inner = coarse_process(description, levels, scheduler, "cosine")
+    inner = coarse_process(description, scheduler, "cosine")
     network = WaveletUNet(finer, levels, scheduler, prediction_type, inner)
     sides = [side * 2**levels for side in description["spatial_shape"]]
     begin_with(path, network, unet_of_size(description, 8**levels), {"spatial_shape": sides})
@@ -345,7 +345,7 @@ def test_onnx_equals_eager(outer, tmp_path):
 
 
 def test_no_levels_is_the_network_itself(unet):
-    assert in_wavelets(unet, 0, COSINE, "epsilon") is unet
+    assert in_wavelets(unet, 0, COSINE, "cosine", "epsilon") is unet
 
 
 def test_the_state_dict_is_the_u_nets_own():
@@ -429,7 +429,7 @@ def test_a_coarse_network_that_nobody_has_described_is_not_grown(unet, tmp_path)
     with pytest.raises(BundleError, match="coarse.pt' does not say how it was trained.*model.json of that training"):
         begin_with(str(tmp_path / "coarse.pt"), network, small_wavelet_network(), knobs)
     with pytest.raises(BundleError, match="lacks num_train_timesteps, schedule"):
-        coarse_process({"prediction_type": "flow"}, 1, COSINE, "cosine")
+        coarse_process({"prediction_type": "flow"}, COSINE, "cosine")
 
 
 def test_a_coarse_network_with_weights_that_are_not_finite_is_not_grown(unet, tmp_path):

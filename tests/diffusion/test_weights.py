@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.diffusion import weights
+from scripts.diffusion.description import DESCRIBING
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.running.errors import BundleError, root_bundle_error
-from scripts.training import checkpoints
+from scripts.training.start import begin_with
 
 
 def as_old_names(state_dict):
@@ -109,7 +110,7 @@ WRONG = {
     ),
     "settings": (lambda net, sd: {"epoch": 3, "lr": 1e-4}, "holds no state dict .*; its keys are: 'epoch', 'lr'"),
     "nothing": (lambda net, sd: {}, "holds no state dict .*; its keys are: none"),
-    "a list": (lambda net, sd: list(sd.values()), "holds a list; a state dict would be right"),
+    "a list": (lambda net, sd: list(sd.values()), "holds a list; a state dict"),
     "another network": (lambda net, sd: nn.Linear(2, 2).state_dict(), "another kind of network: its 2 tensors"),
     "other tensors": (lambda net, sd: dict(list(sd.items())[1:]), "1 tensors differ"),
     "an empty file": (None, r"cannot be read as PyTorch weights \(EOFError\); it may be truncated or of another kind"),
@@ -216,11 +217,12 @@ def test_tensors_of_another_network_are_named(tmp_path, unet):
 # what describes weights
 
 
-def test_the_list_of_what_describes_weights_is_that_of_the_configs():
+def test_the_configs_say_all_that_describes_weights(trained, tmp_path):
     for name, without in (("train", "voxel_size"), ("inference", "timestep_sampling")):
-        listed = json.loads((ROOT / f"configs/{name}.json").read_text())["weights_description"]
-        values = {key: f"@{key}" for key in weights.DESCRIBING if key != without}
-        assert listed == values | {"scheduler": "$type(@scheduler).__name__"}
+        knobs = {"ckpt_path": str(trained / "models/model.pt")} if name == "inference" else {}
+        known = workflow(name, tmp_path / name, **knobs).parser.get_parsed_content("weights_description")
+        assert list(known) == [key for key in DESCRIBING if key != without]
+        assert known["scheduler"] == "DDPMScheduler" and known["num_train_timesteps"] == 10
 
 
 KNOWN = {
@@ -301,7 +303,7 @@ def test_without_a_description_each_assumption_is_named(tmp_path, unet, caplog):
     weights.load_weights(unet, path, expected=expected)
     assert caplog.records == []
     # a training may go on at another size: nothing is assumed about it
-    checkpoints.begin_with(path, unet, small_unet(), expected | {"norm_num_groups": 8, "spatial_shape": [32, 32, 32]})
+    begin_with(path, unet, small_unet(), expected | {"norm_num_groups": 8, "spatial_shape": [32, 32, 32]})
     assert assumed(caplog) == "norm_num_groups 8"
 
 
@@ -325,7 +327,7 @@ def test_weights_without_their_json_file_are_sampled_as_they_were_trained(tmp_pa
 def test_the_weights_that_come_with_the_bundle_say_all_that_describes_them():
     path = str(ROOT / "models/model.pt")
     beside = json.loads((ROOT / "models/model.json").read_text())
-    assert weights.described(path) == beside and set(weights.DESCRIBING) <= set(beside)
+    assert weights.described(path) == beside and set(DESCRIBING) <= set(beside)
 
 
 def test_released_weights_are_the_average_in_half_the_bytes(tmp_path, unet):
@@ -351,10 +353,10 @@ def test_training_begins_with_the_weights_of_a_file(tmp_path, unet):
     network, ema = small_unet(), small_unet()
     for parameter in (*network.parameters(), *ema.parameters()):
         parameter.data.zero_()
-    checkpoints.begin_with(None, network, ema)
+    begin_with(None, network, ema)
     assert all(not p.any() for p in network.parameters())
-    checkpoints.begin_with(str(tmp_path / "start.pt"), network, ema, {"prediction_type": "epsilon"})
+    begin_with(str(tmp_path / "start.pt"), network, ema, {"prediction_type": "epsilon"})
     for name, tensor in unet.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor) and torch.equal(ema.state_dict()[name], tensor)
     with pytest.raises(BundleError, match="ckpt_path: there are no weights at"):
-        checkpoints.begin_with(str(tmp_path / "none.pt"), network, ema)
+        begin_with(str(tmp_path / "none.pt"), network, ema)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, ttest_ind, wasserstein_distance_nd
 
-from scripts.evaluation import anatomy
+from scripts.evaluation import anatomy, effects
 from scripts.evaluation.anatomy import FREESURFER, Anatomy, label_volumes
 from scripts.evaluation.cohorts import Cohort, Cohorts
 from scripts.evaluation.effects import cohen_d, permutation_p, wasserstein, wasserstein_with_chance
@@ -111,7 +111,7 @@ def test_a_resample_gives_the_d_of_the_volumes_that_it_holds():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(5, 3))
     of_x, of_y = np.array([[2, 0, 1, 1, 0, 2]]), np.array([[1, 1, 0, 3, 0]])
-    found = anatomy._weighted_d(x, y, of_x, of_y)[0]
+    found = effects.weighted_d(x, y, of_x, of_y)[0]
     np.testing.assert_allclose(found, cohen_d(x.repeat(of_x[0], 0), y.repeat(of_y[0], 0)))
 
 

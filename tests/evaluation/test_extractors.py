@@ -202,7 +202,7 @@ def test_a_failed_download_is_a_reason_and_a_good_one_is_used(monkeypatch):
     def offline(depth, device, datasets23):
         raise OSError("no route")
 
-    monkeypatch.setattr("scripts.evaluation.extractors.get_pretrained_resnet_medicalnet", offline)
+    monkeypatch.setattr("scripts.evaluation.pretrained.get_pretrained_resnet_medicalnet", offline)
     extractor = MedicalNet("download", depth=10)
     extractor.check(3)
     with pytest.raises(MissingWeights, match="OSError: no route.*medicalnet_weights"):
@@ -211,7 +211,7 @@ def test_a_failed_download_is_a_reason_and_a_good_one_is_used(monkeypatch):
     state = small_weights(
         resnet10(spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type="B", bias_downsample=False)
     )
-    monkeypatch.setattr("scripts.evaluation.extractors.get_pretrained_resnet_medicalnet", lambda *_, **__: state)
+    monkeypatch.setattr("scripts.evaluation.pretrained.get_pretrained_resnet_medicalnet", lambda *_, **__: state)
     assert MedicalNet("download", depth=10)(volumes_of(2, (8, 8, 8))).shape == (2, 1, 1, 512)
 
 

@@ -6,7 +6,7 @@ import torch
 from monai.metrics import MultiScaleSSIMMetric
 from scipy.ndimage import gaussian_filter
 
-from scripts.evaluation import ms_ssim
+from scripts.evaluation import diversity, ms_ssim
 from scripts.evaluation.cohorts import Cohort, Cohorts
 from scripts.evaluation.diversity import Diversity, resampled_means
 from scripts.evaluation.ms_ssim import ms_ssim_pairs, protocol_for, random_pairs
@@ -237,7 +237,7 @@ def test_rows_data_and_figure(tmp_path, shape):
 def test_protocols_with_one_window_are_computed_once(monkeypatch):
     calls = []
     original = ms_ssim.scale_terms
-    monkeypatch.setattr(ms_ssim, "scale_terms", lambda *a, **k: (calls.append(a[3]), original(*a, **k))[1])
+    monkeypatch.setattr(diversity, "scale_terms", lambda *a, **k: (calls.append(a[3]), original(*a, **k))[1])
     real = cohort("real", volumes(3, (16, 16)))
     assert len(Diversity(device="cpu")(real, Cohorts(real, None, []))["rows"]) == 3
     assert calls == ["kwon2019", "monai"]

@@ -94,7 +94,7 @@ def test_each_mutated_file_is_refused_by_name_or_has_the_right_voxels(tmp_path):
             assert line["problem"] == "" and line["same"], line
         else:
             assert (
-                "would be right" in line["problem"]
+                "expected" in line["problem"]
                 or "cannot be read" in line["problem"]
                 or ("cannot be inverted" in line["problem"])
             ), line

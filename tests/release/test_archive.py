@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, run_bundle
 
-from scripts.release.archive import moved, write_archive, write_hub_folder
+from scripts.release.archive import relinked, write_archive, write_hub_folder
 from scripts.running.errors import BundleError
 
 NAME, VERSION = "brain_mri_ddpm_3d", json.loads((ROOT / "configs/metadata.json").read_text())["version"]
@@ -135,7 +135,7 @@ def test_the_model_card_is_read_by_the_hub_and_its_links_lead_somewhere(hub_fold
 def test_links_move_with_their_page():
     text = "![a](a.png) [b](../b.md#part) [c](https://c.org/d.md) [e](#e)"
     there = "![a](docs/a.png) [b](b.md#part) [c](https://c.org/d.md) [e](#e)"
-    assert moved(text, "docs/x.md", "x.md") == there and moved(there, "x.md", "docs/x.md") == text
+    assert relinked(text, "docs/x.md", "x.md") == there and relinked(there, "x.md", "docs/x.md") == text
 
 
 def test_an_earlier_hub_folder_is_not_mixed_with_a_new_one(bundle, tmp_path):

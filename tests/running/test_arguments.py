@@ -127,6 +127,7 @@ def test_the_preprocessing_of_training_is_found_from_any_folder_with_the_knobs_o
     parser = ConfigParser()
     parser.read_config(str(ROOT / f"configs/{name}.json"))
     parser.update({"bundle_root": str(ROOT), "spatial_shape": [8, 10, 12], "percentiles": [1, 90], "crop_margin": 5})
+    parser = parser if name == "evaluate" else parser.get_parsed_content("evaluation")
     transforms = {type(t).__name__: t for t in parser.get_parsed_content("preprocessing").transforms}
     training = json.loads((ROOT / "configs/train.json").read_text())["deterministic_transforms"]
     assert list(transforms) == [part["_target_"].split(".")[-1] for part in training]
@@ -163,9 +164,9 @@ def test_several_processes_without_their_overlay_are_refused(monkeypatch):
 @pytest.mark.parametrize("name", ["train", "inference", "evaluate"])
 def test_the_overlay_joins_where_the_config_refuses_several_processes(name):
     config, overlay = (ConfigParser.load_config_file(ROOT / f"configs/{p}{name}.json") for p in ("", "multi_gpu_"))
-    alone = {"_target_": "scripts.running.processes.check_alone", "overlay": f"configs/multi_gpu_{name}.json"}
-    assert config["initialize"][1:3] == [{"_target_": "scripts.running.errors.report_plainly"}, alone]
-    assert overlay["initialize#2"]["_target_"] == "scripts.running.processes.join"
+    assert config["initialize"][1] == "@started" and overlay["started#together"] is True
+    assert config["started"] == {"_target_": "scripts.running.start.start", "overlay": f"configs/multi_gpu_{name}.json"}
+    assert overlay["device"]["_target_"] == "scripts.running.processes.local_device"
 
 
 def test_the_overlay_without_torchrun_is_one_sentence():

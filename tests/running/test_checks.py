@@ -5,13 +5,15 @@ from math import inf, nan
 
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK
+from conftest import ROOT, TINY_NETWORK, TINY_TRAINING
 from monai.bundle import ConfigParser
 
+from scripts.diffusion.acceleration import amp_dtype
 from scripts.diffusion.solvers import SOLVERS
-from scripts.running import checks
+from scripts.running import checks, locks
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, report_plainly, root_bundle_error
+from scripts.running.knobs import KNOBS as KNOBS_OF_ALL
 
 PAPER = {
     "spatial_shape": [64, 64, 64],
@@ -33,7 +35,7 @@ RIGHT = {  # which of `VALUES` a knob may be; a knob that is not here may be non
     "resume": "true",
     "seed": "0",
     "class_names": "[] none",
-    "class_table": "a none",
+    "class_table": "none",  # a path goes with class_names
     "class_dropout": "0",
     "learning_rate": "1.5",
     "time_limit": "1.5 none",
@@ -65,7 +67,8 @@ def initialized(name, **knobs):
     """A config whose knobs have been checked as the command does it, and nothing after that has been done."""
     parser = ConfigParser()
     parser.read_config(str(ROOT / f"configs/{name}.json"))
-    parser.update({key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()} | knobs)
+    tiny = TINY_TRAINING if name == "train" else TINY_NETWORK
+    parser.update({key: ast.literal_eval(value) for key, value in tiny.items()} | knobs)
     targets = [part.get("_target_") if isinstance(part, dict) else part for part in parser["initialize"]]
     for i, target in enumerate(targets):
         if target == "scripts.running.checks.check_knobs":
@@ -90,10 +93,9 @@ def test_a_knob_takes_what_is_right_and_refuses_the_rest_by_its_key_before_any_s
 @pytest.mark.parametrize("name", ["train", "inference", "evaluate", "reader_study", "export"])
 def test_the_check_of_the_knobs_comes_before_anything_of_the_config_is_made(name):
     config = json.loads((ROOT / f"configs/{name}.json").read_text())
-    before = ["on_path", "report_plainly", "check_alone", "begun", "check_arguments", "check_knobs"]
-    parts = [part if isinstance(part, str) else part["_target_"] for part in config["initialize"]]
-    done = [part.lstrip("@").split(".")[-1] for part in parts]
-    assert done[: done.index("check_knobs") + 1] == [part for part in before if part != "begun" or name == "train"]
+    first = config["initialize"][:3]
+    assert first[:2] == ["@on_path", "@started"] and config["started"]["_target_"] == "scripts.running.start.start"
+    assert first[2]["_target_"] == "scripts.running.checks.check_knobs"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_the_check_of_the_knobs_comes_before_anything_of_the_config_is_made(name
         ({"voxel_size": 2.0}, "voxel_size: 2.0 was given.*a length in mm above 0"),
         ({"voxel_size": [1, 1, 0]}, "voxel_size.*a length in mm above 0"),
         ({"preview_steps": 300, "num_train_timesteps": 250}, "preview_steps: 300 .* num_train_timesteps = 250"),
-        (PAPER | {"spatial_shape": [64, 60, 64]}, "spatial_shape.*60 is not divisible by 8.*56 or 64 would be right"),
+        (PAPER | {"spatial_shape": [64, 60, 64]}, "spatial_shape.*60 is not divisible by 8.*56 or 64"),
         (PAPER | {"spatial_shape": [4, 8, 8]}, "spatial_shape.*4 is not divisible by 8"),
         (PAPER | {"channels": [64, 64, 100, 128]}, "channels.*100 is not divisible by norm_num_groups = 32"),
         (PAPER | {"channels": [64, 64, 128]}, "attention_levels.*has 4 entries, but channels has 3 levels"),
@@ -143,7 +145,7 @@ def test_the_papers_network_passes():
 
 
 def test_every_solver_is_a_word_of_its_knob():
-    assert checks.KNOBS["solver"].words == tuple(SOLVERS)
+    assert KNOBS_OF_ALL["solver"].words == tuple(SOLVERS)
 
 
 @pytest.mark.parametrize(
@@ -173,27 +175,27 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, count, device, right)
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="output_dir: nothing can be written in .*file/below"):
-        checks.check_writable(output_dir=str(tmp_path / "file" / "below"))
-    checks.check_writable(output_dir=str(tmp_path / "new"))
+        locks.check_writable(output_dir=str(tmp_path / "file" / "below"))
+    locks.check_writable(output_dir=str(tmp_path / "new"))
     assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize("value, truth", [(True, True), ("true", True), ("False", False), (False, False)])
 def test_switches_are_understood_as_the_command_line_gives_them(value, truth):
-    assert checks.switch(resume=value) is truth
+    assert checks.as_bool(resume=value) is truth
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_another_word_for_a_switch_is_refused(value):
     with pytest.raises(BundleError, match="resume: .* true or false"):
-        checks.switch(resume=value)
+        checks.as_bool(resume=value)
 
 
 @pytest.mark.parametrize("amx, avx512, expected", [(0, 0, None), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)])
 def test_a_cpu_gets_bfloat16_where_its_hardware_has_it(monkeypatch, amx, avx512, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
-    assert checks.amp_dtype("auto", torch.device("cpu")) is expected
+    assert amp_dtype("auto", torch.device("cpu")) is expected
 
 
 @pytest.mark.parametrize(
@@ -208,15 +210,15 @@ def test_a_cpu_gets_bfloat16_where_its_hardware_has_it(monkeypatch, amx, avx512,
 )
 def test_bfloat16_is_not_trained_on_a_cpu_where_its_gradients_are_wrong(monkeypatch, sides, levels, safe):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert checks.amp_dtype("auto", "cpu", sides, levels) is (torch.bfloat16 if safe else None)
+    assert amp_dtype("auto", "cpu", sides, levels) is (torch.bfloat16 if safe else None)
     if safe:
-        assert checks.amp_dtype("bfloat16", "cpu", sides, levels) is torch.bfloat16
+        assert amp_dtype("bfloat16", "cpu", sides, levels) is torch.bfloat16
     else:
         with pytest.raises(
             BundleError, match="amp: 'bfloat16' .* coarsest of the network's 4 levels .* auto or float32"
         ):
-            checks.amp_dtype("bfloat16", "cpu", sides, levels)
-    assert checks.amp_dtype("float32", "cpu", sides, levels) is None
+            amp_dtype("bfloat16", "cpu", sides, levels)
+    assert amp_dtype("float32", "cpu", sides, levels) is None
 
 
 def test_gradients_are_added_over_whole_groups_of_iterations():
@@ -227,18 +229,18 @@ def test_gradients_are_added_over_whole_groups_of_iterations():
 
 def test_precision_goes_by_the_device():
     cpu = torch.device("cpu")
-    assert checks.amp_dtype("float32", cpu) is None
-    assert checks.amp_dtype("bfloat16", cpu) is torch.bfloat16
+    assert amp_dtype("float32", cpu) is None
+    assert amp_dtype("bfloat16", cpu) is torch.bfloat16
     with pytest.raises(BundleError, match="amp: 'float16' cannot be used on cpu"):
-        checks.amp_dtype("float16", cpu)
+        amp_dtype("float16", cpu)
     with pytest.raises(BundleError, match="amp: 'half' cannot be used"):
-        checks.amp_dtype("half", cpu)
+        amp_dtype("half", cpu)
 
 
 @pytest.mark.parametrize("capability, expected", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
 def test_older_gpus_get_float16(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert checks.amp_dtype("auto", torch.device("cuda:0")) is expected
+    assert amp_dtype("auto", torch.device("cuda:0")) is expected
 
 
 def test_the_sentence_is_found_below_what_wraps_it():
@@ -261,15 +263,12 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys, said):
 
 
 def test_the_seed_is_set_before_the_network_is_made():
-    """Looking up the default of init_ckpt makes it, so that a check of knobs may."""
+    """A check of knobs looks into init_ckpt, and must not make anything of the config."""
     weights = []
     for earlier in (1, 2):
         torch.manual_seed(earlier)
-        parser = ConfigParser()
-        parser.read_config(str(ROOT / "configs/train.json"))
-        parser.update({key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()})
-        for i, part in enumerate(parser["initialize"]):
-            if isinstance(part, dict) and part["_target_"].endswith((".manual_seed", ".check_knobs")):
-                parser.get_parsed_content(f"initialize#{i}")
+        parser = initialized("train")
+        (seeding,) = (i for i, part in enumerate(parser["initialize"]) if "torch.manual_seed" in str(part))
+        parser.get_parsed_content(f"initialize#{seeding}")
         weights.append(torch.cat([w.flatten() for w in parser.get_parsed_content("network").state_dict().values()]))
     assert torch.equal(*weights)

@@ -23,7 +23,8 @@ HOLDER = (
 @pytest.fixture(autouse=True)
 def free():
     yield
-    locks.forget()
+    [lock.release() for lock in locks.LOCKS.values()]
+    locks.LOCKS.clear()
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_one_run_may_name_a_folder_twice_and_again(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for _ in range(2):
         lock_folders(output_dir=str(tmp_path), ckpt_dir=str(tmp_path / "link"))
-    assert len(locks.held) == 1
+    assert len(locks.LOCKS) == 1
 
 
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):

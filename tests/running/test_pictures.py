@@ -6,6 +6,7 @@ from matplotlib import image as png
 
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.running import pictures
+from scripts.sampling import mosaic
 from scripts.sampling import volumes as nifti
 
 
@@ -54,7 +55,7 @@ def test_the_way_from_noise_to_volume_is_a_strip_of_the_asked_number_of_frames(u
     sampler = DiffusionSampler(unet, scheduler, 5, "ddim")
     noise = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "denoising.png"
-    pictures.save_denoising(sampler, noise, str(path), num_frames=4)
+    mosaic.save_denoising(sampler, noise, str(path), num_frames=4)
     picture = png.imread(path)[..., 0]
     enlarged = 96 // 8
     assert picture.shape == (3 * 96, 4 * 96)

@@ -8,6 +8,9 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts.training import checkpoints
+from scripts.training.optimisation import RampedEMAHandler
+from scripts.training.records import TrainingRecords
+from scripts.training.resume import ResumeHandler
 
 
 def setup(folder, resume=False, interval=2, iterations=6, network=None, rate=0.1):
@@ -15,7 +18,7 @@ def setup(folder, resume=False, interval=2, iterations=6, network=None, rate=0.1
     network = network or nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-    ema = checkpoints.RampedEMAHandler(network, copy.deepcopy(network).requires_grad_(False), momentum=0.01)
+    ema = RampedEMAHandler(network, copy.deepcopy(network).requires_grad_(False), momentum=0.01)
     sampler = SimpleNamespace(iteration=0)
 
     def step(engine, batch):
@@ -27,9 +30,11 @@ def setup(folder, resume=False, interval=2, iterations=6, network=None, rate=0.1
     engine = Engine(step)
     engine.state.device = torch.device("cpu")
     parts = {"network": network, "ema": ema.ema_model, "optimizer": optimizer}
-    checkpoints.ResumeHandler(str(folder), parts, sampler, resume).attach(engine)
+    ResumeHandler(str(folder), parts, sampler, resume).attach(engine)
     ema.attach(engine)
-    checkpoints.CheckpointHandler(str(folder), parts, interval, 2, {"schedule": "cosine"}).attach(engine)
+    checkpoints.CheckpointHandler(str(folder), parts, interval, 2, {"schedule": "cosine"}, TrainingRecords("")).attach(
+        engine
+    )
     return SimpleNamespace(
         network=network,
         optimizer=optimizer,
@@ -147,7 +152,7 @@ def test_a_first_run_sets_weights_aside_that_it_will_replace(tmp_path):
 
 
 def test_the_average_follows_the_weights_first_and_then_lags():
-    ema = checkpoints.RampedEMAHandler(nn.Linear(1, 1), nn.Linear(1, 1), momentum=0.01)
+    ema = RampedEMAHandler(nn.Linear(1, 1), nn.Linear(1, 1), momentum=0.01)
     state = SimpleNamespace(iteration=0)
     momenta = []
     for state.iteration in (1, 10, 91, 892, 10_000):
@@ -165,7 +170,7 @@ def test_the_average_is_the_closed_form_of_the_steps(accumulation_steps):
         network.weight.data += (engine.state.iteration % accumulation_steps == 0) * torch.randn(1, 1)
 
     engine = Engine(step)
-    checkpoints.RampedEMAHandler(network, ema, 0.3, accumulation_steps).attach(engine)
+    RampedEMAHandler(network, ema, 0.3, accumulation_steps).attach(engine)
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: weights.append(network.weight.item()))
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: averages.append(ema.weight.item()))
     engine.run([0] * 12 * accumulation_steps)

@@ -18,7 +18,7 @@ from scripts.training.failures import Failures
 KNOBS = {
     "batch_size": 4,
     "spatial_shape": [128, 128, 128],
-    "amp_dtype": None,
+    "amp": "float32",
     "activation_checkpointing": "none",
     "accumulation_steps": 1,
 }
@@ -74,7 +74,7 @@ def test_the_trainer_that_ships_says_what_has_failed(cohort, tmp_path, event, wh
         raise error
 
 
-def failing(error, step=None, **knobs):
+def failing(error, step=None, amp_dtype=None, **knobs):
     """What comes out of a trainer whose third iteration raises an error."""
 
     def fail(engine, batch):
@@ -83,7 +83,7 @@ def failing(error, step=None, **knobs):
 
     trainer = Engine(step or fail)
     trainer.logger.setLevel("CRITICAL")
-    Failures(**KNOBS | knobs).attach(trainer)
+    Failures(KNOBS | knobs, amp_dtype).attach(trainer)
     with pytest.raises(Exception) as caught:
         trainer.run(range(5))
     return caught.value
@@ -144,7 +144,7 @@ def test_a_connection_that_ends_within_the_loader_is_a_dead_process(error, monke
     monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", cut)
     trainer = Engine(lambda engine, batch: None)
     trainer.logger.setLevel("CRITICAL")
-    Failures(**KNOBS).attach(trainer)
+    Failures(KNOBS, None).attach(trainer)
     with pytest.raises(LoaderDied, match="num_workers: a loader process has died .*; if nobody stopped it, memory"):
         trainer.run(loader)
 
@@ -157,7 +157,7 @@ def test_a_torn_file_ends_a_training_with_one_sentence(num_workers, cohort, tmp_
     dataset = VolumeDataset([{"image": str(torn)}], preprocessing(), None, "none")
     trainer = Engine(lambda engine, batch: None)
     trainer.logger.setLevel("CRITICAL")
-    Failures(**KNOBS).attach(trainer)
+    Failures(KNOBS, None).attach(trainer)
     with pytest.raises(BundleError) as error:
         trainer.run(torch.utils.data.DataLoader(dataset, num_workers=num_workers))
     assert str(error.value).startswith(f"'{torn}' cannot be read now (EOFError: ") and "\n" not in str(error.value)

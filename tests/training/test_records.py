@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib import image as png
 
-from scripts.training import records
+from scripts.training import curves, records
 
 
 def record_at(path, rows):
@@ -35,18 +35,18 @@ def test_a_resumed_run_drops_what_it_will_write_again_and_a_torn_row(tmp_path):
 
 
 def test_the_table_is_count_mean_std_and_quartiles_by_hand():
-    statistics = records.loss_statistics(np.array([4.0, 1.0, 3.0, 2.0]))
-    expected = dict(zip(records.STATISTICS, (4, 2.5, math.sqrt(5 / 3), 1, 1.75, 2.5, 3.25, 4)))
+    statistics = curves.loss_statistics(np.array([4.0, 1.0, 3.0, 2.0]))
+    expected = dict(zip(curves.STATISTICS, (4, 2.5, math.sqrt(5 / 3), 1, 1.75, 2.5, 3.25, 4)))
     assert statistics == pytest.approx(expected)
-    assert records.loss_statistics(np.array([2.0]))["std"] == 0
+    assert curves.loss_statistics(np.array([2.0]))["std"] == 0
 
 
 def test_the_curve_is_a_picture_and_nothing_half_written_stays(tmp_path):
-    losses = record_at(tmp_path / "loss.csv", [(i, 1, 1 / i) for i in range(1, 200)])
-    validation = records.CsvRecord(str(tmp_path / "validation.csv"), ["weights", "loss"])
-    validation.start(0)
-    validation.add(100, "ema", 0.02)
-    records.plot_losses(losses, validation, str(tmp_path / "curve.png"))
+    record_at(tmp_path / "loss.csv", [(i, 1, 1 / i) for i in range(1, 200)])
+    run = records.TrainingRecords(str(tmp_path))
+    run.validation.start(0)
+    run.validation.add(100, "ema", 0.02, *[0] * 4)
+    curves.plot_losses(run, str(tmp_path / "curve.png"))
     picture = png.imread(tmp_path / "curve.png")
     assert picture.shape[0] > 300 and picture[..., :3].std() > 0.05
     assert not list(tmp_path.glob("*.partial"))

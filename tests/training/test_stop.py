@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine
 
-from scripts.running.errors import BundleError, LoaderDied
+from scripts.running import signals
+from scripts.running.errors import LoaderDied
 from scripts.training import stop as stopping
 from scripts.training.checkpoints import CheckpointHandler
+from scripts.training.records import TrainingRecords
 from scripts.training.stop import Stop
 
 
@@ -29,7 +31,7 @@ def run(folder, stop, at_iteration, iterations=100, interval=1000):
     """Run a trainer that calls `at_iteration` within each iteration; returns the exit status, and where it stopped."""
     network = torch.nn.Linear(1, 1)
     parts = {"network": network, "ema": network, "optimizer": torch.optim.SGD(network.parameters(), 0.1)}
-    checkpoints = CheckpointHandler(str(folder), parts, interval, 3, {})
+    checkpoints = CheckpointHandler(str(folder), parts, interval, 3, {}, TrainingRecords(str(folder)))
     trainer = Engine(lambda engine, batch: at_iteration(engine.state.iteration))
     checkpoints.attach(trainer)
     with stop.watch(trainer, checkpoints):
@@ -116,12 +118,6 @@ def test_the_time_limit_leaves_room_for_the_longest_iteration_so_far(tmp_path, m
     assert run(tmp_path, Stop(None, clock.now), work) == (0, 100)
 
 
-@pytest.mark.parametrize("time_limit", [0, -1, True, "60"])
-def test_a_time_limit_that_is_no_time_is_refused(time_limit):
-    with pytest.raises(BundleError, match="time_limit: .* minutes"):
-        stopping.begun(time_limit)
-
-
 def one_of_two(rank, port, folder, results):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
@@ -152,8 +148,8 @@ def test_workers_of_a_loader_leave_signals_to_the_training_and_end_when_it_says_
     said = context.Queue()
 
     def worker():
-        stopping.worker_init_fn = lambda worker_id: None
-        stopping.outlive_the_step(0)
+        signals.worker_init_fn = lambda worker_id: None
+        signals.leave_signals_to_parent(0)
         said.put("ready")
         time.sleep(600)
 

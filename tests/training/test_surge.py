@@ -22,19 +22,19 @@ from scripts.running.errors import BundleError
 from scripts.running.pictures import triplanar
 from scripts.training.checkpoints import CheckpointHandler
 from scripts.training.optimisation import GradientNorm, RampedEMAHandler
-from scripts.training.previews import EpochsHandler, PreviewHandler
-from scripts.training.progress import TrainingRecord
-from scripts.training.records import CsvRecord
+from scripts.training.previews import PreviewHandler
+from scripts.training.progress import TrainingProgress
+from scripts.training.records import TrainingRecords
 from scripts.training.resume import ResumeHandler
 from scripts.training.run import train
 from scripts.training.surge import LossSurge, SurgeGuard
 
 
 class Scalars:
-    """A summary writer that remembers."""
+    """Records with a summary writer that remembers."""
 
     def __init__(self):
-        self.values = []
+        self.values, self.summary_writer = [], self
 
     def add_scalar(self, name, value, step):
         self.values.append((name, float(value), step))
@@ -103,20 +103,13 @@ def training(folder, spoil=None, resume=False, factor=10, retries=3, iterations=
     ema = copy.deepcopy(network).requires_grad_(False)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
     folder.mkdir(exist_ok=True)
-    losses, validation, surges = (
-        CsvRecord(str(folder / f"{name}.csv"), columns)
-        for name, columns in (
-            ("loss", ["epoch", "loss"]),
-            ("validation", ["weights", "loss"]),
-            ("surges", ["surge", "loss", "learning_rate"]),
-        )
-    )
+    records = TrainingRecords(str(folder))
     sampler = DrawSampler(Points(), batch_size=2)
     going_on = ResumeHandler(str(folder), parts, sampler, resume)
-    checkpoints = CheckpointHandler(str(folder), parts, interval, 3, {"schedule": "cosine"})
-    record = TrainingRecord(losses, validation, str(folder / "curve.png"), iterations, iterations, surges)
-    guard = SurgeGuard(losses, surges, factor)
-    handlers = [going_on, guard, RampedEMAHandler(network, ema, 0.01), record, checkpoints]
+    checkpoints = CheckpointHandler(str(folder), parts, interval, 3, {"schedule": "cosine"}, records)
+    progress = TrainingProgress(records, iterations, iterations)
+    guard = SurgeGuard(records, factor)
+    handlers = [going_on, guard, RampedEMAHandler(network, ema, 0.01), progress, checkpoints]
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=-(-iterations // 3),
@@ -234,9 +227,12 @@ def test_accumulated_gradients_are_clipped_as_one(tmp_path):
     assert writer.values == [("gradient_norm", pytest.approx(abs(whole), rel=1e-5), 3)]
 
 
+NO_RECORDS = SimpleNamespace(losses=None, surges=None)
+
+
 def seen_at(losses, factor=10):
     """The index at which a guard sees a surge in a series of losses, or None."""
-    guard = SurgeGuard(None, None, factor)
+    guard = SurgeGuard(NO_RECORDS, factor)
     for i, loss in enumerate(losses):
         state = SimpleNamespace(
             output={"loss": torch.tensor(float(loss))}, iteration=i, epoch=1, batch={"draw": torch.tensor([4, 5])}
@@ -266,7 +262,7 @@ def test_what_is_a_surge_and_what_is_not():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_says_where(value):
-    guard = SurgeGuard(None, None, None)
+    guard = SurgeGuard(NO_RECORDS, None)
     state = SimpleNamespace(
         output={"loss": torch.tensor(value)}, iteration=12, epoch=3, batch={"draw": torch.tensor([44, 45])}
     )
@@ -317,21 +313,22 @@ def test_the_real_command_recovers_from_an_injected_surge_and_draws_it(cohort, t
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 8)], ids=["2d", "3d"])
 def test_samples_of_chosen_epochs_are_columns_above_the_loss_and_survive_a_resume(tmp_path, shape):
     """The samples are the noise times a weight that grows by 0.1 an iteration; an epoch is 3 iterations."""
-    losses = CsvRecord(str(tmp_path / "loss.csv"), ["epoch", "loss"])
-    validation = CsvRecord(str(tmp_path / "validation.csv"), [])
+    records = TrainingRecords(str(tmp_path))
     weight = [0.0]
-    previews = PreviewHandler(lambda noise: noise * weight[0], list(shape), 100, str(tmp_path / "previews"), 2)
+
+    def sampler(noise):
+        return noise * weight[0]
 
     def step(engine, batch):
         weight[0] += 0.1
-        losses.add(engine.state.iteration, engine.state.epoch, 1 / engine.state.iteration)
+        records.losses.add(engine.state.iteration, engine.state.epoch, 1 / engine.state.iteration)
 
     def run(start, end):
         weight[0] = 0.1 * start
         engine = Engine(step)
         engine.state.device = torch.device("cpu")
-        engine.add_event_handler(Events.STARTED, lambda: losses.start(start))
-        EpochsHandler(previews, [4, 0, 2, 9], str(tmp_path / "epochs.png"), losses, validation).attach(engine)
+        engine.add_event_handler(Events.STARTED, lambda: records.losses.start(start))
+        PreviewHandler(sampler, shape, 100, records, 2, epochs=[4, 0, 2, 9]).attach(engine)
         engine.load_state_dict({"iteration": start, "max_epochs": end // 3, "epoch_length": 3})
         engine.run([0] * 3)
 
@@ -343,7 +340,8 @@ def test_samples_of_chosen_epochs_are_columns_above_the_loss_and_survive_a_resum
     run(9, 15)
     assert columns() == ["epoch_00000.png", "epoch_00002.png", "epoch_00004.png"]
     for epoch in (0, 2, 4):
-        wanted = np.concatenate([triplanar(0.3 * epoch * noise[0, 0].numpy()) for noise in previews.noise])
+        noises = torch.randn(2, 1, 1, *shape, generator=torch.Generator().manual_seed(0))
+        wanted = np.concatenate([triplanar(0.3 * epoch * noise[0, 0].numpy()) for noise in noises])
         found = png.imread(tmp_path / f"previews/epoch_{epoch:05d}.png")[..., 0]
         np.testing.assert_allclose(found, np.clip((wanted + 1) / 2, 0, 1), atol=0.01)
     picture = png.imread(tmp_path / "epochs.png")[..., :3].mean(-1)

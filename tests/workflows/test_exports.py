@@ -32,7 +32,8 @@ def assert_same_as_eager(model: Path, batch: int, sides: tuple[int, int, int]) -
 
 def test_the_onnx_network_is_the_eager_one_for_other_batches_timesteps_and_sizes(weights, tmp_path):
     places = {"ckpt_path": weights, "onnx_path": tmp_path / "model.onnx"}
-    done = run_bundle("run", "onnx", config_file="configs/inference.json", **TINY_NETWORK, **places)
+    knobs = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()}
+    done = run_bundle("run", "onnx", config_file="configs/export.json", knobs=knobs, **places)
     assert done.returncode == 0, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     for batch, sides in ((1, (16, 16, 16)), (3, (16, 16, 16)), (2, (8, 16, 24))):

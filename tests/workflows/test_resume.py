@@ -75,12 +75,11 @@ MAY_CHANGE = {
 }
 
 
-def test_every_knob_of_training_has_its_place():
+def test_every_knob_of_training_has_its_place(tmp_path):
     """A knob that is new describes weights (`weights.DESCRIBING`), or data, or may change: say which."""
     assert sorted(KNOBS) == sorted([*PLACES, *OF_WEIGHTS, *OF_DATA, *MAY_CHANGE])
     assert set(OF_WEIGHTS) == set(DESCRIBING) - {"voxel_size", "scheduler", "coarse"}  # no knobs
-    data = json.loads((ROOT / "configs/train.json").read_text())["data_description"]
-    assert set(data) == set(OF_DATA)
+    assert set(workflow("train", tmp_path).parser.get_parsed_content("data_knobs")) == set(OF_DATA)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,34 @@
+"""The scans of a training: found, with their classes, and each looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scripts.data.conditions import with_classes
+from scripts.data.find import find_images
+from scripts.data.inspect import readable
+
+
+def find_scans(
+    dataset_dir: str,
+    spatial_dims: int,
+    mask_suffix: str | None = None,
+    image_pattern: str | None = None,
+    class_names: Sequence[str] | None = None,
+    class_table: str | None = None,
+    skip_bad_files: bool | str = False,
+    checked_path: str | None = None,
+) -> list[dict]:
+    """[{"image": path, "mask": path, "class_label": index}, ...], the latter two where they are asked for.
+
+    Args:
+        dataset_dir, spatial_dims, mask_suffix, image_pattern: see `find_images`.
+        class_names, class_table: see `with_classes`.
+        skip_bad_files, checked_path: see `readable`.
+
+    Raises:
+        BundleError: see these functions.
+    """
+    images = find_images(dataset_dir, mask_suffix, spatial_dims, image_pattern)
+    images = with_classes(images, class_names, class_table, dataset_dir)
+    return readable(images, skip_bad_files, spatial_dims=spatial_dims, checked_path=checked_path)

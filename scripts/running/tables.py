@@ -1,0 +1,37 @@
+"""Tables that people write or edit: CSV files with a line of names at their top."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+
+from scripts.running.errors import BundleError
+
+
+def read_table(path: str, columns: Sequence[str], key: str, right: str) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row) of each row of a CSV file that has at least these columns; values are stripped of spaces.
+
+    Args:
+        path: of the file, in UTF-8, with or without the byte order mark of spreadsheets.
+        columns: that must be there and have a value, maybe empty, in each row.
+        key: what the user knows the file by.
+        right: ends an error, such as "a CSV file with the columns 'file' and 'class'".
+
+    Raises:
+        BundleError: no such file, not text, a column that is missing, no rows, a row that is too short.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows, found = [(reader.line_num, row) for row in reader], list(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise BundleError(f"{key}: {path!r} cannot be read ({reason}); expected {right}") from e
+    missing = [column for column in columns if column not in found]
+    if missing or not rows:
+        problem = f"has no column {missing[0]!r}, only {found}" if missing else "has no rows"
+        raise BundleError(f"{key}: {path!r} {problem}; expected {right}")
+    for line, row in rows:
+        if any(row[column] is None for column in columns):
+            raise BundleError(f"{key}: line {line} of {path!r} is cut short; expected {right}")
+    return [(line, {name: (row[name] or "").strip() for name in found}) for line, row in rows]
