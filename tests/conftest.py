@@ -40,11 +40,25 @@ TINY_TRAINING = TINY_NETWORK | {
     "val_interval": "3",
     "preview_interval": "6",
     "preview_samples": "1",
-    "preview_steps": "10",
+    "preview_steps": "2",
     "checkpoint_interval": "2",
     "num_workers": "0",
     "learning_rate": "0.001",
 }
+
+
+LONG = ("workflows", "faults", "test_processes", "test_conditions", "test_images_2d", "test_surge", "test_wavelets")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, half of it in each half of the list: each of two processes begins with one."""
+    modules = {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    long = [tests for path, tests in modules.items() if any(part in path.as_posix() for part in LONG)]
+    short = [tests for tests in modules.values() if tests not in long]
+    halves = [sum(long[i::2] + short[i::2], []) for i in (0, 1)]
+    items[:] = [*halves[0], *halves[1]]
 
 
 def bundle_command(*verb: str, **overrides: object) -> list[str]:

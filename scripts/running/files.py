@@ -84,5 +84,6 @@ def system_error(error: BaseException) -> str | None:
         return error.strerror or str(error)
     # torch writes by itself where it is given a path, and says so by the place in its code
     if isinstance(error, RuntimeError) and re.search(r"inline_container\.cc|PytorchStreamWriter", str(error)):
-        return str(error).splitlines()[0]
+        cause = error.__context__  # what Python's file said first
+        return system_error(cause) if isinstance(cause, OSError) else str(error).splitlines()[0]
     return None

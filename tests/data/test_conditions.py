@@ -219,7 +219,9 @@ def scans(tmp_path):
 
 def test_a_class_is_the_innermost_folder_below_the_dataset_that_has_its_name(scans, tmp_path):
     assert [item["class_label"] for item in with_classes(scans, NAMES, None, str(tmp_path))] == [1, 0, 0, 0]
-    with pytest.raises(BundleError, match=r"class_names: 2 of 4 images lie in no folder.*'.*b.nii'; folders named"):
+    with pytest.raises(
+        BundleError, match=r"class_names: 2 of 4 images lie in no folder.*'.*b.nii'; expected folders named"
+    ):
         with_classes(scans, ["dark"], None, str(tmp_path))
     with pytest.raises(BundleError, match="2 of 2 images"):  # the folder of the data itself is no class
         with_classes([scans[1], scans[3]], NAMES, None, str(tmp_path / "bright"))

@@ -58,7 +58,9 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
         return opened(place)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(BundleError, match="dataset_dir: .*/a' cannot be searched .Permission denied.; folders that"):
+    with pytest.raises(
+        BundleError, match="dataset_dir: .*/a' cannot be searched .Permission denied.; expected folders that"
+    ):
         find_images(str(tmp_path))
 
 
@@ -91,7 +93,7 @@ def test_the_stem_loses_nothing_but_the_suffix():
 
 @pytest.mark.parametrize("pattern", ["", 3, ["*.nii"]])
 def test_a_pattern_is_a_word(pattern, tmp_path):
-    with pytest.raises(BundleError, match="image_pattern: .* was given; null or a pattern such as"):
+    with pytest.raises(BundleError, match="image_pattern: .* was given; expected null or a pattern such as"):
         find_images(str(tmp_path), image_pattern=pattern)
 
 
@@ -133,7 +135,7 @@ def test_a_scan_alone_belongs_to_the_subject_that_its_name_says(path, subject):
 FOLDERS = {
     # images, how many subjects they are of, what is said
     "two contrasts of each": ([f"{c}_sub-{s}.nii" for c in ("T1", "T2") for s in range(5)], 5, "T1_sub-0 and T2_sub-0"),
-    "two datasets in one folder": (["ds000011_sub-01.nii", "ds002748_sub-01.nii"], 1, "a folder for each dataset"),
+    "two datasets in one folder": (["ds000011_sub-01.nii", "ds002748_sub-01.nii"], 1, "give each dataset a folder"),
     "two datasets in two folders": (["a/sub-01.nii", "b/sub-01.nii"], 2, "2 subjects have the number of another one"),
     "a folder in another one": (["sub-01.nii", "more/sub-01.nii"], 1, "more/sub-01 and sub-01"),
     "raw data and derivatives": (["sub-01/anat/a.nii", "derivatives/x/sub-01/anat/b.nii"], 1, None),
@@ -232,8 +234,8 @@ def test_too_few_subjects_are_counted():
 
 def test_no_images_are_no_error_until_they_are_required(tmp_path):
     assert split_by_subject([], 0.1, 0) == ([], [])
-    with pytest.raises(BundleError, match=r"dataset_dir: .*nowhere': there is no such folder; a folder with"):
+    with pytest.raises(BundleError, match=r"dataset_dir: .*nowhere': there is no such folder; expected a folder with"):
         require(str(tmp_path / "nowhere"), [])
-    with pytest.raises(BundleError, match="it holds no usable images; a folder with"):
+    with pytest.raises(BundleError, match="it holds no usable images; expected a folder with"):
         require(str(tmp_path), [])
     require(str(tmp_path / "nowhere"), bids(1))  # lists that did not come from a folder

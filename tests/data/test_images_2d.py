@@ -127,7 +127,7 @@ def test_bad_pictures_are_named_with_what_is_wrong(tmp_path):
         "cut.png": "cannot be read as a picture",
         "even.png": "the same value, 7, in every pixel",
         "text.jpg": "cannot be read as a picture",
-        "thin.png": r"has shape (40, 7); at least 8 pixels",
+        "thin.png": r"has shape (40, 7); expected at least 8 pixels",
         "volume.nii": "a slice with two dimensions",
     }
     for line, (name, sentence) in zip(lines, sentences.items(), strict=True):

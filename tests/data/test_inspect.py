@@ -253,7 +253,7 @@ SITUATIONS = {
     "a mask of everything": (
         masked(MASK + 1),
         {"mask_suffix": "_mask"},
-        "that has values from 1 to 2; 0 outside of the brain, 1 in it",
+        "that has values from 1 to 2; expected 0 outside of the brain, 1 in it",
         None,
     ),
     "a ring of +-1": (put(image(waves(BRAIN))), {}, ONE, None),
@@ -266,7 +266,12 @@ SITUATIONS = {
         None,
     ),
     "an empty file": (touched("scan.nii"), {}, "scan.nii' cannot be read as a volume", None),
-    "a time series": (put(image(np.stack([BRAIN] * 3, -1))), {}, r"\(18, 22, 20, 3\); a volume with three", None),
+    "a time series": (
+        put(image(np.stack([BRAIN] * 3, -1))),
+        {},
+        r"\(18, 22, 20, 3\); expected a volume with three",
+        None,
+    ),
     "one value": (put(image(BRAIN * 0)), {}, "holds the same value, 0, in every voxel", None),
     "hidden files": (together(put(image()), touched("._scan.nii.gz")), {}, ONE, None),
 }
@@ -370,13 +375,16 @@ def with_voxel(value, dtype="f4"):
 
 COLOUR = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD_VOLUMES = {
-    "a time series": (np.stack([NOISE] * 3, -1), r"shape \(9, 10, 11, 3\); a volume with three dimensions"),
-    "a vector field": (NOISE.reshape(*SHAPE, 1)[..., None].repeat(3, -1), r"shape \(9, 10, 11, 1, 3\); a volume"),
-    "a picture": (NOISE[0], r"shape \(10, 11\); a volume with three dimensions"),
+    "a time series": (np.stack([NOISE] * 3, -1), r"shape \(9, 10, 11, 3\); expected a volume with three dimensions"),
+    "a vector field": (
+        NOISE.reshape(*SHAPE, 1)[..., None].repeat(3, -1),
+        r"shape \(9, 10, 11, 1, 3\); expected a volume",
+    ),
+    "a picture": (NOISE[0], r"shape \(10, 11\); expected a volume with three dimensions"),
     "one slice": (NOISE[:, :, :1], r"three dimensions|at least 8 voxels a side"),
-    "seven slices": (NOISE[:, :, :7], r"shape \(9, 10, 7\); at least 8 voxels a side"),
-    "colours": (COLOUR, r"voxels of type .*'R'.*; integer or floating"),
-    "complex numbers": (NOISE.astype("c8"), "voxels of type complex64; integer or floating"),
+    "seven slices": (NOISE[:, :, :7], r"shape \(9, 10, 7\); expected at least 8 voxels a side"),
+    "colours": (COLOUR, r"voxels of type .*'R'.*; expected integer or floating"),
+    "complex numbers": (NOISE.astype("c8"), "voxels of type complex64; expected integer or floating"),
     "one value": (np.full(SHAPE, 7, "i2"), "the same value, 7, in every voxel"),
     "a NaN": (with_voxel(np.nan), "holds 1 voxels that are NaN or infinite"),
     "infinity": (with_voxel(np.inf, "f8"), "holds 1 voxels that are NaN or infinite"),
@@ -467,7 +475,7 @@ def test_a_mask_must_have_the_shape_and_the_axes_of_its_image(tmp_path):
     assert examine_item({"image": image}) == GOOD
 
     cases = {
-        "a_small.nii": (mask[:8], las, r"has shape \(8, 9, 9\).*; shape \(9, 9, 9\) .* as its image has"),
+        "a_small.nii": (mask[:8], las, r"has shape \(8, 9, 9\).*; expected shape \(9, 9, 9\) .* as its image has"),
         "a_mirrored.nii": (mask, np.eye(4), "axes RAS; shape .* axes LAS, as its image has"),  # saved without an affine
         "a_turned.nii": (mask, las[[2, 0, 1, 3]], "axes .*; shape .* axes LAS"),
         "a_empty.nii": (np.zeros_like(mask), las, "the same value, 0, in every voxel"),

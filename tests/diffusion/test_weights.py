@@ -110,7 +110,7 @@ WRONG = {
     ),
     "settings": (lambda net, sd: {"epoch": 3, "lr": 1e-4}, "holds no state dict .*; its keys are: 'epoch', 'lr'"),
     "nothing": (lambda net, sd: {}, "holds no state dict .*; its keys are: none"),
-    "a list": (lambda net, sd: list(sd.values()), "holds a list; a state dict"),
+    "a list": (lambda net, sd: list(sd.values()), "holds a list; expected a state dict"),
     "another network": (lambda net, sd: nn.Linear(2, 2).state_dict(), "another kind of network: its 2 tensors"),
     "other tensors": (lambda net, sd: dict(list(sd.items())[1:]), "1 tensors differ"),
     "an empty file": (None, r"cannot be read as PyTorch weights \(EOFError\); it may be truncated or of another kind"),

@@ -123,8 +123,8 @@ def test_label_maps_are_matched_by_name(tmp_path):
         ("two", {}, "synthetic_dirs: {} was given"),
         ("two", 3, "synthetic_dirs: 3 was given"),
         ("two", {"real": "two"}, "the name 'real' is taken"),
-        ("one", {"a": "two"}, "volumes: real has 1 in '.*one'; at least 2 usable"),
-        ("two", {"a": "empty"}, "volumes: a has 0 in '.*empty'; at least 2 usable"),
+        ("one", {"a": "two"}, "volumes: real has 1 in '.*one'; expected at least 2 usable"),
+        ("two", {"a": "empty"}, "volumes: a has 0 in '.*empty'; expected at least 2 usable"),
         ("two", {"a": "text"}, "a volumes: 1 file of 3 cannot be used.*bad.nii.gz' cannot be read as a volume"),
     ],
 )

@@ -65,7 +65,7 @@ MAY_CHANGE = {
     "val_interval": 4,
     "preview_interval": 8,
     "preview_samples": 2,
-    "preview_steps": 2,
+    "preview_steps": 3,
     "preview_epochs": [0],
     "checkpoint_interval": 4,
     "checkpoints_kept": 1,

@@ -14,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train
+from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train, workflow
 from monai.bundle import ConfigParser
 
 from scripts.diffusion.weights import load_weights
+from scripts.running.errors import root_bundle_error
 
 
 def losses(output):
@@ -277,6 +278,25 @@ def test_monai_loads_the_network_with_its_weights_from_any_folder(tmp_path, monk
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
 
 
+def given(knobs, tmp_path):
+    """Knobs as the command line gives them."""
+    values = {}
+    for key, value in knobs.items():
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value.format(tmp=tmp_path)
+    return values
+
+
+def refusal(kind, output, **knobs):
+    """The sentence with which a command ends, found in this process: the real command prints it, and no traceback."""
+    with pytest.raises(Exception) as refused:
+        workflow(kind, output, **knobs).run()
+    assert root_bundle_error(refused.value) is not None, refused.value
+    return str(root_bundle_error(refused.value))
+
+
 @pytest.mark.parametrize(
     "knobs, words",
     [
@@ -296,8 +316,7 @@ def test_monai_loads_the_network_with_its_weights_from_any_folder(tmp_path, monk
 )
 def test_a_bad_knob_of_training_is_refused_in_one_sentence(cohort, tmp_path, knobs, words):
     (tmp_path / "file").write_text("")
-    knobs = {key: value.format(tmp=tmp_path) for key, value in knobs.items()}
-    said = sentence(train(**{"dataset_dir": cohort, "output": tmp_path / "out"} | knobs))
+    said = refusal("train", tmp_path / "out", **{"dataset_dir": str(cohort)} | given(knobs, tmp_path))
     assert all(word in said for word in words), said
     assert not (tmp_path / "out" / "loss.csv").exists()
 
@@ -346,7 +365,6 @@ def test_all_bad_files_are_listed_at_once_or_skipped(cohort, tmp_path):
 def test_a_bad_knob_of_sampling_is_refused_in_one_sentence(trained, tmp_path, knobs, words):
     model = trained / "models/model.pt"
     (tmp_path / "torn.pt").write_bytes(model.read_bytes()[:2000])
-    knobs = {key: value.format(tmp=tmp_path) for key, value in knobs.items()}
-    said = sentence(sample(**{"ckpt_path": model, "output": tmp_path / "out"} | knobs))
+    said = refusal("inference", tmp_path / "out", **{"ckpt_path": str(model)} | given(knobs, tmp_path))
     assert all(word in said for word in words), said
     assert not list(tmp_path.rglob("*.nii.gz"))
