@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
-from scripts.data.phantoms import phantom_cohort
+from scripts.scans.phantoms import phantom_cohort
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the tests run in several processes, a core each

@@ -1,1 +1,1 @@
-"""Cohorts of volumes, measures on them, the report and the reader study. Imports running, data and diffusion."""
+"""Cohorts of volumes, measures on them, the report and the reader study. Imports running, scans and diffusion."""

@@ -14,10 +14,10 @@ import ignite.distributed as idist
 import numpy as np
 from tqdm import tqdm
 
-from scripts.data.datasets import VolumeDataset
-from scripts.data.find import find_images, stem, volumes_below
-from scripts.data.inspect import readable, shape_of
 from scripts.running.errors import BundleError
+from scripts.scans.datasets import VolumeDataset
+from scripts.scans.find import find_images, stem, volumes_below
+from scripts.scans.inspect import readable, shape_of
 
 logger = logging.getLogger(__name__)
 REAL, HELD_OUT = "real", "held-out"
@@ -249,7 +249,7 @@ def load_cohorts(
         label_dirs: {cohort name: folder of label maps}, any of the cohorts.
         max_volumes: only the first so many volumes of each folder (sorted by path); None for all.
         skip_bad_files: warn of files that cannot be used instead of refusing them.
-        image_pattern: which files of `real_dir` and `held_out_dir` are images, see `scripts.data.find.find_images`.
+        image_pattern: which files of `real_dir` and `held_out_dir` are images, see `scripts.scans.find.find_images`.
         num_images: volumes of each cohort that a reader study shows, which has no held-out one; None for an evaluation.
 
     Raises:

@@ -1,1 +1,1 @@
-"""A sampling run and the files that it writes. Imports running, data and diffusion."""
+"""A sampling run and the files that it writes. Imports running, scans and diffusion."""

@@ -21,9 +21,9 @@ from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 from torch import nn
 
-from scripts.data.images_2d import save_grey
 from scripts.running.errors import BundleError
 from scripts.running.files import write_atomically
+from scripts.scans.images_2d import save_grey
 
 logger = logging.getLogger(__name__)
 TORN = (OSError, EOFError, ValueError, SyntaxError, zlib.error, ImageFileError)  # what reading a damaged file raises

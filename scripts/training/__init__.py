@@ -1,1 +1,1 @@
-"""A training run: its handlers, checkpoints and records. Imports running, data and diffusion."""
+"""A training run: its handlers, checkpoints and records. Imports running, scans and diffusion."""

@@ -26,10 +26,10 @@ from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose
 from torch.utils.data import DataLoader, RandomSampler
 
-from scripts.data.datasets import VolumeDataset
-from scripts.data.draws import DrawSampler
-from scripts.data.find import find_images
-from scripts.data.phantoms import phantom_cohort
+from scripts.scans.datasets import VolumeDataset
+from scripts.scans.draws import DrawSampler
+from scripts.scans.find import find_images
+from scripts.scans.phantoms import phantom_cohort
 
 TOLERANCE = 1e-3  # of values in [-1, 1]: caches hold float16
 DATASETS = {  # each with the rival that keeps volumes in the same place

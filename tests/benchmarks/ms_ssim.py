@@ -31,9 +31,9 @@ from monai.metrics import MultiScaleSSIMMetric  # noqa: E402
 from monai.transforms import Compose  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from scripts.data.phantoms import shepp_logan_phantom  # noqa: E402
 from scripts.evaluation.ms_ssim import PROTOCOLS, ms_ssim_pairs, protocol_for, random_pairs  # noqa: E402
 from scripts.running.files import write_atomically  # noqa: E402
+from scripts.scans.phantoms import shepp_logan_phantom  # noqa: E402
 
 TOLERANCE = 1e-5
 

@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from scripts.data.phantoms import phantom_cohort  # noqa: E402
+from scripts.scans.phantoms import phantom_cohort  # noqa: E402
 
 TINY = (
     "--spatial_shape [16,16,16] --channels [8,8] --attention_levels [False,True] --num_head_channels [0,8] "

@@ -58,8 +58,8 @@ from monai.networks.schedulers import DDPMScheduler
 from monai.transforms import Compose
 from torch.utils.data import DataLoader
 
-from scripts.data.phantoms import phantom_cohort
 from scripts.diffusion.wavelets import analysed, synthesised
+from scripts.scans.phantoms import phantom_cohort
 
 TOLERANCE = 0.02
 NEVER = 10**9

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from scripts.data.phantoms import phantom_cohort  # noqa: E402
+from scripts.scans.phantoms import phantom_cohort  # noqa: E402
 
 TRAINING = (
     "--spatial_shape [16,16,16] --channels [16,32] --attention_levels [False,True] --num_head_channels [0,32] "

@@ -169,7 +169,7 @@ def judge(path: Path) -> dict:
     """What the checks say, and whether the voxels that training would load are those of VOXELS."""
     from monai.transforms import LoadImage
 
-    from scripts.data.inspect import examine
+    from scripts.scans.inspect import examine
 
     problem = examine(str(path)).problem
     if problem:
@@ -180,7 +180,7 @@ def judge(path: Path) -> dict:
 
 
 def main(folder: str) -> None:
-    import scripts.data.inspect  # noqa: F401  before the limit
+    import scripts.scans.inspect  # noqa: F401  before the limit
 
     def too_long(*_: object) -> None:
         raise SystemExit("a file took too long")

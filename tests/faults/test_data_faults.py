@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK
 
-from scripts.data.find import find_images
-from scripts.data.inspect import examine, readable
 from scripts.running.errors import BundleError
+from scripts.scans.find import find_images
+from scripts.scans.inspect import examine, readable
 
 TINY = TINY_NETWORK | {
     "batch_size": "2",
@@ -177,8 +177,8 @@ FILL = """
 import sys
 sys.path[:0] = {paths!r}
 from conftest import preprocessing
-from scripts.data.find import find_images
-from scripts.data.datasets import VolumeDataset
+from scripts.scans.find import find_images
+from scripts.scans.datasets import VolumeDataset
 dataset = VolumeDataset(find_images({scans!r}), preprocessing(), None, "disk", {cache!r})
 print("ready", flush=True)
 sys.stdin.readline()
@@ -191,7 +191,7 @@ for _ in range({rounds}):
 def filling(scans: Path, cache: Path, rounds: int = 1) -> subprocess.Popen:
     """A process that preprocesses all scans into a disk cache, once it gets a line."""
     code = FILL.format(
-        paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/data")],
+        paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/scans")],
         scans=str(scans),
         cache=str(cache),
         rounds=rounds,

@@ -11,7 +11,7 @@ import pytest
 from harness import sentence, start
 from PIL import Image
 
-from scripts.data.phantoms import phantom_cohort
+from scripts.scans.phantoms import phantom_cohort
 
 KNOBS = {"config_file": "configs/evaluate.json", "spatial_shape": "[16,16,16]", "num_pairs": 6}
 RESULTS = ("metrics.json", "metrics.csv")

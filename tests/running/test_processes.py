@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK, run_two, sample, table, train, train_two
 
-from scripts.data.draws import DrawSampler, RepeatSampler
 from scripts.running import processes as distributed
 from scripts.running.errors import BundleError
+from scripts.scans.draws import DrawSampler, RepeatSampler
 
 # what a job of SLURM has in its environment, whose ranks are those of the launchers
 SLURM = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES"), "0") | {

@@ -14,9 +14,9 @@ from monai.bundle import create_workflow
 from monai.networks.nets import DiffusionModelUNet
 from PIL import Image
 
-from scripts.data.find import find_images
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.running.errors import root_bundle_error
+from scripts.scans.find import find_images
 
 TINY = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()} | {"num_inference_steps": 2}
 

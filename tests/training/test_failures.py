@@ -11,8 +11,8 @@ from conftest import OUT_OF_MEMORY, OUT_OF_MEMORY_SHORT, preprocessing, workflow
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 
-from scripts.data.datasets import VolumeDataset
 from scripts.running.errors import BundleError, LoaderDied, root_bundle_error
+from scripts.scans.datasets import VolumeDataset
 from scripts.training.failures import Failures
 
 KNOBS = {

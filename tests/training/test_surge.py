@@ -17,9 +17,9 @@ from monai.engines import SupervisedTrainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from scripts.data.draws import DrawSampler
 from scripts.running.errors import BundleError
 from scripts.running.pictures import triplanar
+from scripts.scans.draws import DrawSampler
 from scripts.training.checkpoints import CheckpointHandler
 from scripts.training.optimisation import GradientNorm, RampedEMAHandler
 from scripts.training.previews import PreviewHandler

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import run_bundle
 
-from scripts.data.phantoms import phantom_cohort
+from scripts.scans.phantoms import phantom_cohort
 
 MEASURES = ["diversity", "fidelity", "anatomy", "memorisation", "appearance"]
 

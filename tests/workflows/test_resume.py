@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, workflow
 
-from scripts.data.split import subjects_of
 from scripts.diffusion.description import DESCRIBING, labelled
 from scripts.diffusion.weights import save_weights
 from scripts.running.errors import root_bundle_error
+from scripts.scans.split import subjects_of
 
 KNOBS = list(json.loads((ROOT / "configs/train.json").read_text()))
 KNOBS = KNOBS[KNOBS.index("dataset_dir") : KNOBS.index("init_description")]

@@ -16,14 +16,14 @@ from conftest import ROOT, preprocessing, sample, train
 from monai.bundle import ConfigParser
 from monai.handlers import CheckpointLoader
 
-from scripts.data.datasets import VolumeDataset
-from scripts.data.find import find_images
-from scripts.data.inspect import readable
 from scripts.diffusion.state_dicts import load_file
 from scripts.evaluation.evaluator import slug
 from scripts.evaluation.pretrained import read_state_dict
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, root_bundle_error
+from scripts.scans.datasets import VolumeDataset
+from scripts.scans.find import find_images
+from scripts.scans.inspect import readable
 from scripts.training.checkpoints import checkpoints_in, newest_whole
 from scripts.training.start import begin_with
 

@@ -14,9 +14,6 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.data.find import find_images
-from scripts.data.inspect import examine, readable
-from scripts.data.split import split_by_subject
 from scripts.evaluation.by_class import ByClass
 from scripts.evaluation.cohorts import HELD_OUT, Cohort, Cohorts
 from scripts.evaluation.diversity import Diversity
@@ -24,6 +21,9 @@ from scripts.running.checks import check_network
 from scripts.running.errors import BundleError
 from scripts.sampling.mosaic import save_denoising
 from scripts.sampling.volumes import SaveVolumes
+from scripts.scans.find import find_images
+from scripts.scans.inspect import examine, readable
+from scripts.scans.split import split_by_subject
 
 TRAIN, INFERENCE, EVALUATE = (
     f"['configs/{name}.json','configs/presets/mridiff.json']" for name in ("train", "inference", "evaluate")

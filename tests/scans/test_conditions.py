@@ -15,9 +15,6 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from torch import nn
 
-from scripts.data.conditions import check_table, labels_of, with_classes
-from scripts.data.datasets import VolumeDataset
-from scripts.data.find import require
 from scripts.diffusion.objective import AutocastDiffusionInferer, SeededPrepareBatch
 from scripts.diffusion.process import PREDICTION_TYPES
 from scripts.diffusion.sampler import DiffusionSampler
@@ -25,6 +22,9 @@ from scripts.diffusion.weights import load_weights
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.running.pictures import mosaic
+from scripts.scans.conditions import check_table, labels_of, with_classes
+from scripts.scans.datasets import VolumeDataset
+from scripts.scans.find import require
 from scripts.training.previews import PreviewHandler
 from scripts.training.records import TrainingRecords
 

@@ -23,11 +23,11 @@ from nibabel.volumeutils import apply_read_scaling
 from PIL import Image
 from tqdm import tqdm
 
-from scripts.data.find import header_of
-from scripts.data.images_2d import grey, is_picture
 from scripts.running.checks import as_bool
 from scripts.running.errors import BundleError
 from scripts.running.files import write_text
+from scripts.scans.find import header_of
+from scripts.scans.images_2d import grey, is_picture
 
 logger = logging.getLogger(__name__)
 SMALLEST_SIDE = 8  # voxels; below it there is nothing to learn from and most likely the file is a slice or a localiser
@@ -88,7 +88,7 @@ class Values:
         return Finding()
 
     def finding_of_mask(self) -> Finding:
-        """Whether `scripts.data.transforms.mask_of` finds a brain in it that is not everything."""
+        """Whether `scripts.scans.transforms.mask_of` finds a brain in it that is not everything."""
         limit = 0 if self.whole else self.highest / 2
         if not self.lowest <= limit < self.highest:
             return Finding(

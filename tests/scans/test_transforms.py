@@ -12,9 +12,9 @@ from conftest import ROOT
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from scripts.data.datasets import VolumeDataset
-from scripts.data.transforms import PadToAspect, ScaleForegroundd, fill_cavities, foreground_of, otsu_threshold
 from scripts.running.errors import BundleError, root_bundle_error
+from scripts.scans.datasets import VolumeDataset
+from scripts.scans.transforms import PadToAspect, ScaleForegroundd, fill_cavities, foreground_of, otsu_threshold
 
 CENTRE = np.array([7.0, -11.0, 5.0])  # mm, of the brain; not the middle of the field of view
 SEMI_AXES = np.array([23.0, 31.0, 21.0])  # mm

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from scripts.data.warps import RandWarpd
+from scripts.scans.warps import RandWarpd
 
 
 def ball(shape, centre, radius=6.0) -> torch.Tensor:

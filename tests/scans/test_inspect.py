@@ -18,10 +18,10 @@ from monai.bundle import ConfigParser
 from monai.transforms import LoadImage
 from scipy.ndimage import affine_transform
 
-from scripts.data import inspect as inspection
-from scripts.data.find import find_images
-from scripts.data.inspect import Finding, examine, examine_item, readable
 from scripts.running.errors import BundleError, root_bundle_error
+from scripts.scans import inspect as inspection
+from scripts.scans.find import find_images
+from scripts.scans.inspect import Finding, examine, examine_item, readable
 
 SHAPE = (9, 10, 11)
 NOISE = np.random.default_rng(0).integers(1, 200, SHAPE).astype(np.int16)
@@ -476,7 +476,11 @@ def test_a_mask_must_have_the_shape_and_the_axes_of_its_image(tmp_path):
 
     cases = {
         "a_small.nii": (mask[:8], las, r"has shape \(8, 9, 9\).*; expected shape \(9, 9, 9\) .* as its image has"),
-        "a_mirrored.nii": (mask, np.eye(4), "axes RAS; shape .* axes LAS, as its image has"),  # saved without an affine
+        "a_mirrored.nii": (
+            mask,
+            np.eye(4),
+            "axes RAS; expected shape .* axes LAS, as its image has",
+        ),  # saved without an affine
         "a_turned.nii": (mask, las[[2, 0, 1, 3]], "axes .*; shape .* axes LAS"),
         "a_empty.nii": (np.zeros_like(mask), las, "the same value, 0, in every voxel"),
     }
@@ -512,7 +516,7 @@ def test_all_bad_files_are_listed_at_once(mixed):
 
 
 def test_bad_files_are_skipped_with_a_warning_each_on_demand(mixed, caplog):
-    with caplog.at_level(logging.WARNING, logger="scripts.data.inspect"):
+    with caplog.at_level(logging.WARNING, logger="scripts.scans.inspect"):
         assert names(readable(find_images(str(mixed)), skip_bad_files=True)) == ["a.nii.gz", "c.nii.gz", "e.nii.gz"]
     warned = [record.getMessage() for record in caplog.records]
     assert [name in line for name, line in zip(("b.nii", "d.nii", "f.nii.gz"), warned, strict=True)] == [True] * 3

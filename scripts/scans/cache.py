@@ -25,9 +25,9 @@ from monai.data import NibabelReader, PersistentDataset
 from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 
-from scripts.data.find import header_of
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.running.files import save_tensors, system_error
+from scripts.scans.find import header_of
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.data.conditions import with_classes
-from scripts.data.find import find_images
-from scripts.data.inspect import readable
+from scripts.scans.conditions import with_classes
+from scripts.scans.find import find_images
+from scripts.scans.inspect import readable
 
 
 def find_scans(

@@ -72,7 +72,7 @@ def with_classes(
     if not class_names:
         return images
     if not images:
-        return []  # `scripts.data.find.require` says so
+        return []  # `scripts.scans.find.require` says so
     paths = [item["image"] for item in images]
     found = classes_of(paths, dataset_dir, class_names, class_table)
     if class_table is None:

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.phantoms import Ellipsoid, draw_head, ellipsoid_coverage, phantom_cohort, shepp_logan_phantom
 from scripts.running.errors import BundleError
+from scripts.scans.phantoms import Ellipsoid, draw_head, ellipsoid_coverage, phantom_cohort, shepp_logan_phantom
 
 SHAPE = (32, 32, 32)
 

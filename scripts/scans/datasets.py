@@ -16,10 +16,10 @@ from monai.data import CacheDataset, PersistentDataset
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
-from scripts.data.cache import DiskCache, Named
 from scripts.running.checks import check_knobs
 from scripts.running.errors import root_bundle_error
 from scripts.running.files import write_text
+from scripts.scans.cache import DiskCache, Named
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def summarise(
     """Write what was trained on (folder, counts, files, physical voxel sizes of the cubes) to a JSON file.
 
     With classes it also counts them, and a file beside it lists those of each: dataset.json has dataset_glioma.json.
-    `data_description`, the knobs that say which data they are, is for `scripts.data.split.split_as_before`.
+    `data_description`, the knobs that say which data they are, is for `scripts.scans.split.split_as_before`.
 
     Returns:
         the median voxel size in mm, a list of spatial dims numbers; without volumes 1 mm, and no file.

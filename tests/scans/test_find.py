@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT
 from monai.bundle import ConfigParser
 
-from scripts.data.find import find_images, require, stem, volumes_below
-from scripts.data.split import split_by_subject, subjects_of
 from scripts.running.errors import BundleError
+from scripts.scans.find import find_images, require, stem, volumes_below
+from scripts.scans.split import split_by_subject, subjects_of
 
 
 def names(items) -> list[str]:

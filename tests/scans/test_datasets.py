@@ -18,12 +18,12 @@ from conftest import ROOT, preprocessing
 from monai.data import DataLoader
 from monai.transforms import Compose, LoadImaged, RandFlipd, RandGaussianNoised, RandScaleIntensityd
 
-from scripts.data import cache as disk_cache
-from scripts.data.cache import hash_of
-from scripts.data.datasets import VolumeDataset, summarise
-from scripts.data.draws import DrawSampler, RepeatSampler
-from scripts.data.find import find_images
 from scripts.running.errors import BundleError
+from scripts.scans import cache as disk_cache
+from scripts.scans.cache import hash_of
+from scripts.scans.datasets import VolumeDataset, summarise
+from scripts.scans.draws import DrawSampler, RepeatSampler
+from scripts.scans.find import find_images
 
 CACHES = ("memory", "disk", "none")
 
@@ -307,14 +307,14 @@ HASH = """
 import sys
 sys.path[:0] = {paths!r}
 from conftest import preprocessing
-from scripts.data.datasets import VolumeDataset
+from scripts.scans.datasets import VolumeDataset
 print(VolumeDataset([], preprocessing(), None, "disk", {cache!r}).volumes.transform_hash)
 """
 
 
 def test_the_hash_of_a_preprocessing_is_the_same_in_every_process(tmp_path):
     here = VolumeDataset([], preprocessing(), None, "disk", str(tmp_path)).volumes.transform_hash
-    code = HASH.format(paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/data")], cache=str(tmp_path))
+    code = HASH.format(paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/scans")], cache=str(tmp_path))
     env = dict(os.environ, PYTHONHASHSEED="7", OMP_NUM_THREADS="1")
     there = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
     assert there.stdout.strip() == here, there.stderr

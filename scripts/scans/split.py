@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.data.find import stem
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError
 from scripts.running.settings import differing
+from scripts.scans.find import stem
 
 logger = logging.getLogger(__name__)
 CONTRAST = r"(?:t[12](?:w|c|ce|gd|n|f|star)?|pdw?|flair|dwi|adc|swi|mprage|mp2rage|spgr)"

@@ -27,8 +27,8 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from scripts.data.find import is_image
 from scripts.running.errors import BundleError
+from scripts.scans.find import is_image
 
 __all__ = ["Ellipsoid", "draw_head", "ellipsoid_coverage", "phantom_cohort", "shepp_logan_phantom"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from nibabel import Nifti1Pair
 
-from scripts.data.images_2d import OVERVIEWS, is_picture
 from scripts.running.errors import BundleError
+from scripts.scans.images_2d import OVERVIEWS, is_picture
 
 logger = logging.getLogger(__name__)
 # What MONAI's reader takes: NIfTI files, NIfTI pairs (of which the .img is listed) and FreeSurfer's files.
