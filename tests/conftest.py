@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
+from scripts.evaluation.cohorts import Cohort
 from scripts.scans.phantoms import phantom_cohort
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +129,13 @@ def workflow(kind: str, output: Path, **knobs: object) -> ConfigWorkflow:
     values = {key: ast.literal_eval(value) for key, value in tiny.items()} | places | knobs
     with mock.patch.object(sys, "excepthook", sys.excepthook):
         return create_workflow(config_file=str(ROOT / f"configs/{kind}.json"), workflow_type=kind, **values)
+
+
+def cohort_of(name: str, volumes: np.ndarray, label_maps: list[str] | None = None, voxel_size: float = 1.0) -> Cohort:
+    """Volumes (N, *spatial) as a cohort of files that need not exist."""
+    files = [f"/data/{name}_{i:02d}.nii.gz" for i in range(len(volumes))]
+    sizes = np.full((len(volumes), volumes.ndim - 1), voxel_size, np.float32)
+    return Cohort(name, files, volumes.astype(np.float16), sizes, label_maps)
 
 
 @pytest.fixture(scope="session")

@@ -79,3 +79,9 @@ def test_no_imports_go_round():
     names = set(map(named, MODULES))
     graph = {named(path): imports_of(path.read_text()) & names - {named(path)} for path in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(names)  # raises CycleError
+
+
+def test_programs_that_copy_bundles_leave_no_room_out():
+    """The zoo and MONAI Label's and Deploy's users copy a bundle without its data, outputs and caches, by name."""
+    rooms = {path.name for path in SCRIPTS.rglob("*") if path.is_dir()}
+    assert not rooms & {"data", "output", "outputs", "eval", "models", "logs"}

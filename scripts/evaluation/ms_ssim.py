@@ -223,7 +223,7 @@ def _terms_of(
     with _full_precision(), torch.inference_mode(), tqdm(
         total=len(pairs), desc=description, unit="pair", disable=description is None
     ) as bar:
-        for rows, volumes in _blocks(numbers, capacity):
+        for rows, volumes in pairs_in_blocks(numbers, capacity):
             kept_maps = {number: maps for number, maps in kept_maps.items() if number in volumes}
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
@@ -253,7 +253,7 @@ def _check_pairs(arrays: tuple[np.ndarray, np.ndarray], pairs: np.ndarray) -> No
         )
 
 
-def _blocks(numbers: np.ndarray, capacity: int) -> Iterator[tuple[np.ndarray, set[int]]]:
+def pairs_in_blocks(numbers: np.ndarray, capacity: int) -> Iterator[tuple[np.ndarray, set[int]]]:
     """(P, 2) volume numbers -> groups of rows of pairs, each with its volumes, never more than `capacity` of them.
 
     The volumes are cut into blocks of capacity / 2, and a group holds the pairs between two blocks.

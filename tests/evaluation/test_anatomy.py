@@ -6,6 +6,7 @@ import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import cohort_of
 from scipy.stats import false_discovery_control, ttest_ind, wasserstein_distance_nd
 
 from scripts.evaluation import anatomy, effects
@@ -39,16 +40,11 @@ def brains(n: int, seed: int = 0, grey: float = 0.45, shape: tuple[int, ...] = (
     return volumes.astype(np.float16)
 
 
-def cohort(name: str, volumes: np.ndarray, label_maps: list[str] | None = None, size: float = 2.0) -> Cohort:
-    files = [f"{name}{i}.nii.gz" for i in range(len(volumes))]
-    return Cohort(name, files, volumes, np.full((len(volumes), volumes.ndim - 1), size, np.float32), label_maps)
-
-
 def mapped(name: str, folder, tables: list[dict[int, int] | None], **kwargs) -> Cohort:
     """A cohort with a label map a volume, "" for None."""
     folder.mkdir(exist_ok=True)
     paths = ["" if t is None else write_map(folder / f"{name}{i}.nii.gz", t, **kwargs) for i, t in enumerate(tables)]
-    return cohort(name, brains(len(tables), seed=len(name)), paths)
+    return cohort_of(name, brains(len(tables), seed=len(name)), paths, 2.0)
 
 
 def measured(measure: Anatomy, cohorts: Cohorts) -> dict[str, dict]:
@@ -87,8 +83,8 @@ def test_files_that_are_no_label_maps_are_named(tmp_path):
     for name, word in wrong.items():
         with pytest.raises(BundleError, match=f"{name}.nii.gz.*{word}"):
             label_volumes(str(tmp_path / f"{name}.nii.gz"))
-    real = cohort("real", brains(2), [str(tmp_path / "t1.nii.gz")] * 2)
-    cohorts = Cohorts(real, None, [cohort("ours", brains(2, 1))])
+    real = cohort_of("real", brains(2), [str(tmp_path / "t1.nii.gz")] * 2, voxel_size=2.0)
+    cohorts = Cohorts(real, None, [cohort_of("ours", brains(2, 1), voxel_size=2.0)])
     with pytest.raises(BundleError, match="whole numbers"):
         Anatomy().check(cohorts)
     real.label_maps = [str(tmp_path / "gone.nii.gz"), ""]
@@ -218,7 +214,7 @@ def test_label_maps_are_never_compared_with_tissues(tmp_path):
     tables = [{1: 100 + 5 * i} for i in range(4)]
     real = mapped("real", tmp_path / "real", tables)
     with_maps = mapped("with", tmp_path / "with", tables)
-    without = cohort("without", brains(4, 5))
+    without = cohort_of("without", brains(4, 5), voxel_size=2.0)
     single = mapped("single", tmp_path / "single", [{1: 100}, None, None])
     results = measured(Anatomy(**QUICK), Cohorts(real, None, [with_maps, without, single]))
     for name in ("real", "with"):
@@ -236,8 +232,10 @@ def test_label_maps_are_never_compared_with_tissues(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (48, 48)])
 def test_tissues_of_like_and_unlike_cohorts(shape):
-    real, held_out = (cohort(n, brains(20, s, shape=shape)) for n, s in (("real", 0), ("held-out", 1)))
-    other = cohort("other", brains(20, 2, grey=0.6, shape=shape), size=3)
+    real, held_out = (
+        cohort_of(n, brains(20, s, shape=shape), voxel_size=2.0) for n, s in (("real", 0), ("held-out", 1))
+    )
+    other = cohort_of("other", brains(20, 2, grey=0.6, shape=shape), voxel_size=3)
     results = measured(Anatomy(**QUICK), Cohorts(real, held_out, [other]))
     of_real, alike, unlike = (values(results[name]) for name in ("real", "held-out", "other"))
     assert of_real["tissue_grey_matter"] == pytest.approx(45, abs=2)
@@ -254,11 +252,11 @@ def test_tissues_of_like_and_unlike_cohorts(shape):
 def test_volumes_without_tissues_are_left_out_and_counted():
     volumes = brains(5)
     volumes[1], volumes[3] = -1, 0.25
-    real = cohort("real", brains(5, 1))
-    results = measured(Anatomy(**QUICK), Cohorts(real, None, [cohort("bad", volumes)]))
+    real = cohort_of("real", brains(5, 1), voxel_size=2.0)
+    results = measured(Anatomy(**QUICK), Cohorts(real, None, [cohort_of("bad", volumes, voxel_size=2.0)]))
     assert any("2 of 5 volumes could not be classified" in note for note in results["bad"]["notes"])
     assert len(results["bad"]["data"]["tissues"]["values"]) == 3
-    empty = cohort("empty", np.full_like(volumes, -1))
+    empty = cohort_of("empty", np.full_like(volumes, -1), voxel_size=2.0)
     results = measured(Anatomy(**QUICK), Cohorts(real, None, [empty]))
     assert values(results["empty"])["wasserstein_tissues"] is None
     assert values(results["real"])["tissue_csf"] is not None
@@ -269,7 +267,11 @@ def test_volumes_without_tissues_are_left_out_and_counted():
 def test_the_real_volumes_are_classified_once(monkeypatch):
     calls = []
     monkeypatch.setattr(anatomy, "classify", lambda *a, f=anatomy.classify: (calls.append(1), f(*a))[1])
-    cohorts = Cohorts(cohort("real", brains(4)), None, [cohort("a", brains(3, 1)), cohort("b", brains(3, 2))])
+    cohorts = Cohorts(
+        cohort_of("real", brains(4), voxel_size=2.0),
+        None,
+        [cohort_of("a", brains(3, 1), voxel_size=2.0), cohort_of("b", brains(3, 2), voxel_size=2.0)],
+    )
     measure = Anatomy(**QUICK)
     measured(measure, cohorts)
     assert len(calls) == 10
@@ -284,7 +286,7 @@ def test_many_regions_have_a_table_instead_of_rows_and_figures_are_written(tmp_p
 
     real, held_out = (mapped(n, tmp_path / n, tables(8, 0)) for n in ("real", "held-out"))
     ours = mapped("ours", tmp_path / "ours", tables(7, 10))
-    cohorts = Cohorts(real, held_out, [ours, cohort("without", brains(4, 9))])
+    cohorts = Cohorts(real, held_out, [ours, cohort_of("without", brains(4, 9), voxel_size=2.0)])
     measure = Anatomy("freesurfer", num_resamples=50)
     results = measured(measure, cohorts)
     rows = values(results["ours"])
@@ -328,14 +330,16 @@ def test_bad_knobs_are_named(knob, value):
 def test_settings_are_json_and_a_cohort_of_one_volume_is_refused():
     assert json.loads(json.dumps(Anatomy({17: "x"}).settings))["label_names"] == {"17": "x"}
     with pytest.raises(BundleError, match="ours: 1 volume"):
-        Anatomy().check(Cohorts(cohort("real", brains(2)), None, [cohort("ours", brains(1))]))
+        Anatomy().check(
+            Cohorts(cohort_of("real", brains(2), voxel_size=2.0), None, [cohort_of("ours", brains(1), voxel_size=2.0)])
+        )
 
 
 def test_results_are_measured_again_when_a_cohort_without_label_maps_joins(tmp_path):
     tables = [{1: 100 + 5 * i} for i in range(3)]
     real, ours = (mapped(name, tmp_path / name, tables) for name in ("real", "ours"))
     measure, settings = Anatomy(**QUICK), []
-    for more in ([], [cohort("without", brains(3, 5))]):
+    for more in ([], [cohort_of("without", brains(3, 5), voxel_size=2.0)]):
         cohorts = Cohorts(real, None, [ours, *more])
         results = measured(measure, cohorts)
         settings.append(measure.settings)

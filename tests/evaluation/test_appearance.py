@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import cohort_of
 from matplotlib import image as png
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
@@ -9,7 +10,7 @@ from scipy.stats import wasserstein_distance
 
 from scripts.evaluation.appearance import Appearance, nearest_distances
 from scripts.evaluation.appearance_figures import slices
-from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.cohorts import Cohorts
 from scripts.evaluation.spectrum import mirror_correlation, outermost_shell, radial_power
 from scripts.running.errors import BundleError
 from scripts.running.pictures import triplanar
@@ -22,11 +23,6 @@ def balls(n, seed, shape=(16, 16, 16)):
     inside = sum(g**2 for g in grid) < 0.7
     own = np.stack([gaussian_filter(rng.normal(size=shape), 0.6) for _ in range(n)])
     return np.where(inside, np.clip(own, -0.9, 1), -1).astype(np.float16)
-
-
-def cohort(name, volumes):
-    files = [f"/data/{name}_{i:02d}.nii.gz" for i in range(len(volumes))]
-    return Cohort(name, files, volumes.astype(np.float16), np.ones((len(volumes), volumes.ndim - 1), np.float32))
 
 
 def run(measure, cohorts):
@@ -44,9 +40,13 @@ def shown(request):
     noise = np.random.default_rng(5).normal(0, 0.1, held_out.shape)
     blurred = np.stack([gaussian_filter(v.astype(np.float32), 1) for v in held_out])
     cohorts = Cohorts(
-        cohort("real", real),
-        cohort("held-out", held_out),
-        [cohort("noise 0.1", np.clip(held_out + noise, -1, 1)), cohort("blur/1", blurred), cohort("copies", real[3:6])],
+        cohort_of("real", real),
+        cohort_of("held-out", held_out),
+        [
+            cohort_of("noise 0.1", np.clip(held_out + noise, -1, 1)),
+            cohort_of("blur/1", blurred),
+            cohort_of("copies", real[3:6]),
+        ],
     )
     measure = Appearance(num_shown=4, num_extremes=2, num_resamples=100)
     return measure, cohorts, run(measure, cohorts)
@@ -173,7 +173,7 @@ def test_figures(shown, tmp_path):
 
 
 def test_empty_volumes_are_said_and_nothing_breaks(tmp_path):
-    cohorts = Cohorts(cohort("real", balls(4, 0)), None, [cohort("empty", np.full((3, 16, 16, 16), -1.0))])
+    cohorts = Cohorts(cohort_of("real", balls(4, 0)), None, [cohort_of("empty", np.full((3, 16, 16, 16), -1.0))])
     measure = Appearance(num_resamples=20)
     results = run(measure, cohorts)
     found = values(results["empty"])
@@ -186,7 +186,7 @@ def test_knobs_and_shapes_are_checked_at_once():
     for key, value in {"num_shown": 0, "num_extremes": 1.5, "num_bins": 1, "seed": -1, "memory": 0}.items():
         with pytest.raises(BundleError, match=key):
             Appearance(**{key: value})
-    cohorts = Cohorts(cohort("real", balls(3, 0)), None, [cohort("small", np.zeros((2, 8, 8, 8)))])
+    cohorts = Cohorts(cohort_of("real", balls(3, 0)), None, [cohort_of("small", np.zeros((2, 8, 8, 8)))])
     with pytest.raises(BundleError, match="small"):
         Appearance().check(cohorts)
     settings = Appearance().settings

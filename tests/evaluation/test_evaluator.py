@@ -7,24 +7,24 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import cohort_of
 
-from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.cohorts import Cohorts
 from scripts.evaluation.evaluator import CohortEvaluator
 from scripts.evaluation.report import number, summary, write_report
 from scripts.running.errors import BundleError
 from scripts.running.pictures import save_png
 
 
-def cohort(name, level, n=3):
-    volumes = np.full((n, 4, 4, 4), level, np.float16)
-    return Cohort(name, [f"{name}{i}.nii.gz" for i in range(n)], volumes, np.ones((n, 3), np.float32))
+def level(name, value, n=3):
+    return cohort_of(name, np.full((n, 4, 4, 4), value))
 
 
 @pytest.fixture
 def cohorts():
-    gan = cohort("<gan> & co", 0.75)
+    gan = level("<gan> & co", 0.75)
     gan.notes.append("Made by <b>hand</b>.")
-    return Cohorts(cohort("real", 0.0), cohort("held-out", 0.125), [cohort("ours", 0.25), gan])
+    return Cohorts(level("real", 0.0), level("held-out", 0.125), [level("ours", 0.25), gan])
 
 
 def evaluate(cohorts, measures, output_dir, settings=None):
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_and_only_what_changed_is_measured_again(cohorts, 
     second, third, fourth = Level(), Level(), Level(offset=1.0)
     evaluate(cohorts, [second], str(tmp_path))
     assert second.calls == ["<gan> & co"]
-    cohorts.synthetic[0] = cohort("ours", 0.5)
+    cohorts.synthetic[0] = level("ours", 0.5)
     evaluate(cohorts, [third], str(tmp_path))
     assert third.calls == ["ours"]
     evaluate(cohorts, [fourth], str(tmp_path))
@@ -95,7 +95,7 @@ def test_a_stopped_run_goes_on_and_only_what_changed_is_measured_again(cohorts, 
     fifth = Level(offset=1.0)
     evaluate(cohorts, [fifth], str(tmp_path))
     assert len(fifth.calls) == 4
-    cohorts.real = cohort("real", 0.0625)
+    cohorts.real = level("real", 0.0625)
     sixth = Level(offset=1.0)
     evaluate(cohorts, [sixth], str(tmp_path))
     assert len(sixth.calls) == 4  # everything is relative to the real cohort
@@ -105,7 +105,7 @@ def test_checks_come_before_work_and_names_must_differ(cohorts, tmp_path):
     measure = Level()
     with pytest.raises(BundleError, match="not different"):
         evaluate(cohorts, [measure, Level()], str(tmp_path))
-    cohorts.real = cohort("real", 0.0, n=1)
+    cohorts.real = level("real", 0.0, n=1)
     with pytest.raises(BundleError, match="too few"):
         evaluate(cohorts, [measure], str(tmp_path))
     assert measure.calls == []

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import cohort_of
 from matplotlib import image as png
 from monai.metrics import FIDMetric
 from scipy.ndimage import gaussian_filter
 
-from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.cohorts import Cohorts
 from scripts.evaluation.extractors import PCAFeatures
 from scripts.evaluation.fidelity import Fidelity, frechet_distances, prdc, resampled_row, unbiased_mmd, volume_kernel
 from scripts.evaluation.pretrained import MedicalNet, SliceNetwork
@@ -151,10 +152,6 @@ def blobs(n, seed, shape=(20, 24, 20)):
     return np.array(volumes, np.float16)
 
 
-def cohort(name, volumes):
-    return Cohort(name, [f"{i}.nii.gz" for i in range(len(volumes))], volumes, np.ones((len(volumes), 3), np.float32))
-
-
 def corrupted_cohorts(shape=(20, 24, 20)):
     volumes = blobs(48, 0, shape)
     real, held_out = volumes[::2], volumes[1::2]
@@ -166,7 +163,7 @@ def corrupted_cohorts(shape=(20, 24, 20)):
         "blurred": blurred.astype(np.float16),
         "copies of 3": np.repeat(real[:3], 8, 0),
     }
-    return Cohorts(cohort("real", real), cohort("held-out", held_out), [cohort(n, v) for n, v in made.items()])
+    return Cohorts(cohort_of("real", real), cohort_of("held-out", held_out), [cohort_of(n, v) for n, v in made.items()])
 
 
 @pytest.mark.parametrize("shape", [(20, 24, 20), (40, 44)])
@@ -205,7 +202,7 @@ def test_corrupted_copies_rank_below_held_out_volumes_on_every_row(shape, tmp_pa
 )
 def test_small_cohorts_get_rows_that_say_so(real, mine, distances, balls, tmp_path):
     volumes = blobs(20, 2, (16, 16, 16))
-    cohorts = Cohorts(cohort("real", volumes[:real]), None, [cohort("few", volumes[-mine:])])
+    cohorts = Cohorts(cohort_of("real", volumes[:real]), None, [cohort_of("few", volumes[-mine:])])
     measure = Fidelity([PCAFeatures(resolution=8)], nearest_k=5, num_resamples=10)
     results = {c.name: measure(c, cohorts) for c in cohorts}
     json.dumps(results, allow_nan=False)
@@ -241,7 +238,9 @@ class Given:
 
 def test_planes_are_measured_apart_and_averaged_and_features_made_once():
     volumes = np.zeros((40, 2, 2, 2), np.float16)
-    cohorts = Cohorts(cohort("real", volumes[:20]), None, [cohort("a", volumes[:15]), cohort("b", volumes[:12])])
+    cohorts = Cohorts(
+        cohort_of("real", volumes[:20]), None, [cohort_of("a", volumes[:15]), cohort_of("b", volumes[:12])]
+    )
     extractor = Given("given", ("sagittal", "coronal", "axial"), 2)
     measure = Fidelity([extractor], num_resamples=5)
     results = {c.name: measure(c, cohorts) for c in cohorts}

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from conftest import cohort_of
 from matplotlib import image as png
 from scipy.ndimage import gaussian_filter
 from scipy.stats import hypergeom
 
-from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.cohorts import Cohorts
 from scripts.evaluation.memorisation import Memorisation
 from scripts.evaluation.memorisation_figures import most_similar
 from scripts.evaluation.nearness import correlations, excess_over_chance, label_permutation_p, relative_distance
@@ -23,11 +24,6 @@ def brains(n, seed, shape=(16, 16, 16)):
     own = np.stack([gaussian_filter(rng.normal(size=shape), 1.5) for _ in range(n)])
     own /= own.std(axis=tuple(range(1, own.ndim)), keepdims=True)
     return np.where(ball, np.clip(0.3 * own, -0.9, 1), -1).astype(np.float16)
-
-
-def cohort(name, volumes):
-    files = [f"/data/{name}_{i:02d}.nii.gz" for i in range(len(volumes))]
-    return Cohort(name, files, volumes.astype(np.float16), np.ones((len(volumes), volumes.ndim - 1), np.float32))
 
 
 def likeness(first, second, pairs):
@@ -52,15 +48,15 @@ def shown():
     fresh = brains(14, 2)
     smooth = np.repeat(real.astype(np.float32).mean(0)[None], 3, 0) + rng.normal(0, 0.01, (3, *real.shape[1:]))
     cohorts = Cohorts(
-        cohort("real", real),
-        cohort("held-out", brains(12, 1)),
+        cohort_of("real", real),
+        cohort_of("held-out", brains(12, 1)),
         [
-            cohort("copies", real),
-            cohort("flipped", real[:, ::-1]),
-            cohort("noisy", real + rng.normal(0, 0.05, real.shape)),
-            cohort("blurred", blurred),
-            cohort("fresh", fresh),
-            cohort("smooth", smooth),
+            cohort_of("copies", real),
+            cohort_of("flipped", real[:, ::-1]),
+            cohort_of("noisy", real + rng.normal(0, 0.05, real.shape)),
+            cohort_of("blurred", blurred),
+            cohort_of("fresh", fresh),
+            cohort_of("smooth", smooth),
         ],
     )
     measure = Memorisation(likeness, num_worst=3, num_resamples=200)
@@ -181,7 +177,7 @@ def test_the_same_scan_twice_is_named_and_no_yardstick():
     real[5] = real[2]
     held_out = brains(5, 1)
     held_out[4] = real[0][::-1]
-    cohorts = Cohorts(cohort("real", real), cohort("held-out", held_out), [cohort("new", brains(6, 2))])
+    cohorts = Cohorts(cohort_of("real", real), cohort_of("held-out", held_out), [cohort_of("new", brains(6, 2))])
     results = run(Memorisation(None), cohorts)
     assert "real_02.nii.gz and real_05.nii.gz" in results["real"]["notes"][0]
     assert "held-out_04.nii.gz and real_00.nii.gz" in results["held-out"]["notes"][0]
@@ -191,7 +187,7 @@ def test_the_same_scan_twice_is_named_and_no_yardstick():
 
 def test_without_held_out_volumes_rows_say_so():
     real = brains(8, 0)
-    cohorts = Cohorts(cohort("real", real), None, [cohort("copies", real[:4])])
+    cohorts = Cohorts(cohort_of("real", real), None, [cohort_of("copies", real[:4])])
     results = run(Memorisation(likeness), cohorts)
     rows = {row["metric"]: row for row in results["copies"]["rows"]}
     for metric in ("nearest_held_out_correlation", "nearer_to_training", "nearer_than_held_out_to_training"):
@@ -202,7 +198,9 @@ def test_without_held_out_volumes_rows_say_so():
 
 def test_two_dimensional_cohorts(tmp_path):
     real = brains(10, 0, (24, 24))
-    cohorts = Cohorts(cohort("real", real), cohort("held-out", brains(9, 1, (24, 24))), [cohort("copies", real[:5])])
+    cohorts = Cohorts(
+        cohort_of("real", real), cohort_of("held-out", brains(9, 1, (24, 24))), [cohort_of("copies", real[:5])]
+    )
     measure = Memorisation(likeness)
     results = run(measure, cohorts)
     assert values(results["copies"])["flagged"] == 1
@@ -236,7 +234,7 @@ def test_knobs_are_checked_at_once():
             Memorisation(None, **{key: value})
     with pytest.raises(BundleError, match="similarity"):
         Memorisation("ms_ssim")
-    cohorts = Cohorts(cohort("real", brains(3, 0)), None, [cohort("small", np.zeros((2, 8, 8, 8)))])
+    cohorts = Cohorts(cohort_of("real", brains(3, 0)), None, [cohort_of("small", np.zeros((2, 8, 8, 8)))])
     with pytest.raises(BundleError, match="small"):
         Memorisation(None).check(cohorts)
 

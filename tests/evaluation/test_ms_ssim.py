@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import cohort_of
 from monai.metrics import MultiScaleSSIMMetric
 from scipy.ndimage import gaussian_filter
 
 from scripts.evaluation import diversity, ms_ssim
-from scripts.evaluation.cohorts import Cohort, Cohorts
+from scripts.evaluation.cohorts import Cohorts
 from scripts.evaluation.diversity import Diversity, resampled_means
 from scripts.evaluation.ms_ssim import ms_ssim_pairs, protocol_for, random_pairs
 from scripts.running.errors import BundleError
@@ -131,34 +132,37 @@ def test_two_arrays_are_compared_across():
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5, 8])
-def test_little_memory_gives_the_same_values_and_is_kept(monkeypatch, capacity):
+def test_little_memory_gives_the_same_values(capacity):
     v = volumes(12, (16, 16, 16))
     pairs = random_pairs(12, 40)[np.random.default_rng(0).permutation(40)]
-    expected = ms_ssim_pairs(v, None, pairs)
     voxels = 16**3 + 8**3 + 4**3 + 2**3 + 1
-    groups = []
-    blocks = ms_ssim._blocks
-
-    def spy(*arguments):
-        assert arguments[1] == capacity
-        for rows, held in blocks(*arguments):
-            groups.append((rows, held))
-            assert set(arguments[0][rows].ravel().tolist()) <= held
-            yield rows, held
-
-    monkeypatch.setattr(ms_ssim, "_blocks", spy)
     found = ms_ssim_pairs(v, None, pairs, memory=(capacity + 0.5) * 24 * voxels / 2**30, batch_size=7)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert max(len(held) for _, held in groups) <= capacity and len(groups) > 1
+    np.testing.assert_allclose(found, ms_ssim_pairs(v, None, pairs), atol=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 5, 8])
+def test_a_group_of_pairs_has_no_more_volumes_than_there_is_memory_for(capacity):
+    pairs = random_pairs(12, 40)[np.random.default_rng(0).permutation(40)]
+    groups = list(ms_ssim.pairs_in_blocks(pairs, capacity))
+    assert max(len(kept) for _, kept in groups) <= capacity and len(groups) > 1
+    assert all(set(pairs[rows].ravel().tolist()) <= kept for rows, kept in groups)
     assert sorted(np.concatenate([rows for rows, _ in groups])) == list(range(40))
 
 
-def test_each_volume_is_filtered_once_where_memory_allows(monkeypatch):
-    v = volumes(6, (16, 16))
-    calls = []
-    monkeypatch.setattr(ms_ssim, "_maps", lambda *a, maps=ms_ssim._maps: (calls.append(1), maps(*a))[1])
-    ms_ssim_pairs(v, None, random_pairs(6, 99))
-    assert len(calls) == 6
+class Counted(np.ndarray):
+    """Volumes that count how often one of them is taken."""
+
+    taken = 0
+
+    def __getitem__(self, key):
+        Counted.taken += isinstance(key, int)
+        return super().__getitem__(key)
+
+
+def test_each_volume_is_read_once_where_memory_allows():
+    Counted.taken = 0
+    ms_ssim_pairs(volumes(6, (16, 16)).view(Counted), None, random_pairs(6, 99))
+    assert Counted.taken == 6
 
 
 def test_the_precision_chosen_elsewhere_does_not_matter_and_is_left():
@@ -205,15 +209,11 @@ def test_a_resample_weighs_a_pair_by_both_its_volumes():
     np.testing.assert_allclose(resampled_means(values, pairs, counts), expected)
 
 
-def cohort(name: str, array: np.ndarray) -> Cohort:
-    return Cohort(name, [f"{name}_{i}" for i in range(len(array))], array, np.ones((len(array), array.ndim - 1)))
-
-
 @pytest.mark.parametrize("shape", [(16, 18, 16), (48, 40)])
 def test_rows_data_and_figure(tmp_path, shape):
-    real, held = cohort("real", volumes(8, shape)), cohort("held-out", volumes(5, shape))
-    copies = cohort("copies", np.repeat(real.volumes[:2], 4, 0) + 0.01 * volumes(8, shape, 1))
-    cohorts = Cohorts(real, held, [copies, cohort("all the same", np.repeat(real.volumes[:1], 4, 0))])
+    real, held = cohort_of("real", volumes(8, shape)), cohort_of("held-out", volumes(5, shape))
+    copies = cohort_of("copies", np.repeat(real.volumes[:2], 4, 0) + 0.01 * volumes(8, shape, 1))
+    cohorts = Cohorts(real, held, [copies, cohort_of("all the same", np.repeat(real.volumes[:1], 4, 0))])
     measure = Diversity(num_pairs=12, device="cpu")
     measure.check(cohorts)
     json.dumps(measure.settings)
@@ -238,14 +238,14 @@ def test_protocols_with_one_window_are_computed_once(monkeypatch):
     calls = []
     original = ms_ssim.scale_terms
     monkeypatch.setattr(diversity, "scale_terms", lambda *a, **k: (calls.append(a[3]), original(*a, **k))[1])
-    real = cohort("real", volumes(3, (16, 16)))
+    real = cohort_of("real", volumes(3, (16, 16)))
     assert len(Diversity(device="cpu")(real, Cohorts(real, None, []))["rows"]) == 3
     assert calls == ["kwon2019", "monai"]
 
 
 def test_opposite_pairs_are_said_in_a_note():
     x = np.random.default_rng(0).uniform(-0.5, 0.5, (32, 32)).astype(np.float32)
-    real = cohort("real", np.stack([x, -x, x]))
+    real = cohort_of("real", np.stack([x, -x, x]))
     result = Diversity(["kwon2019"], device="cpu")(real, Cohorts(real, None, []))
     assert result["rows"][0]["value"] == pytest.approx(1 / 3, abs=1e-6)
     assert "2 of 3 pairs of real" in result["notes"][0]
@@ -269,12 +269,12 @@ def test_wrong_knobs_are_refused_at_once(knobs, said):
 
 
 def test_wrong_volumes_are_refused_before_the_work():
-    small, one = cohort("real", np.zeros((3, 15, 16, 16))), cohort("ours", np.zeros((1, 32, 32, 32)))
+    small, one = cohort_of("real", np.zeros((3, 15, 16, 16))), cohort_of("ours", np.zeros((1, 32, 32, 32)))
     with pytest.raises(BundleError, match=r"\(15, 16, 16\).* 16 voxels or more"):
         Diversity().check(Cohorts(small, None, []))
     Diversity(["monai"]).check(Cohorts(small, None, []))
     with pytest.raises(BundleError, match="ours: 1 volume"):
-        Diversity().check(Cohorts(cohort("real", np.zeros((2, 32, 32, 32))), None, [one]))
+        Diversity().check(Cohorts(cohort_of("real", np.zeros((2, 32, 32, 32))), None, [one]))
     with pytest.raises(BundleError, match=r"\(5, 9\).* 6 voxels or more"):
         protocol_for("monai", (5, 9))
     with pytest.raises(BundleError, match="one shape"):

@@ -481,7 +481,7 @@ def test_a_mask_must_have_the_shape_and_the_axes_of_its_image(tmp_path):
             np.eye(4),
             "axes RAS; expected shape .* axes LAS, as its image has",
         ),  # saved without an affine
-        "a_turned.nii": (mask, las[[2, 0, 1, 3]], "axes .*; shape .* axes LAS"),
+        "a_turned.nii": (mask, las[[2, 0, 1, 3]], "axes .*; expected shape .* axes LAS"),
         "a_empty.nii": (np.zeros_like(mask), las, "the same value, 0, in every voxel"),
     }
     for name, (voxels, affine, sentence) in cases.items():
