@@ -102,7 +102,7 @@ def test_a_learning_rate_that_is_given_is_used_and_one_that_a_surge_lowered_goes
         resumed = setup(tmp_path, resume=True, rate=given)
         resumed.run()
         assert resumed.optimizer.param_groups[0]["lr"] == used
-    assert (words in caplog.text) if words else "learning_rate" not in caplog.text
+    assert (words in caplog.text) if words else "learning_rate: " not in caplog.text
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", None])

@@ -84,20 +84,22 @@ def test_a_killed_run_resumes_to_exactly_the_losses_of_one_never_killed(cohort, 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow", "rectified_flow"])
-def test_other_prediction_types_train_and_sample(cohort, tmp_path, prediction_type):
-    names = ["train", "inference"]
-    if prediction_type == "rectified_flow":
-        names = [f"['configs/{name}.json','configs/presets/rectified_flow.json']" for name in names]
-        knobs = {"num_train_timesteps": 1000}
-    else:
-        names = [f"configs/{name}.json" for name in names]
-        knobs = {"prediction_type": prediction_type}
+def test_rectified_flow_trains_and_samples(cohort, tmp_path):
+    names = [f"['configs/{name}.json','configs/presets/rectified_flow.json']" for name in ("train", "inference")]
+    knobs = {"num_train_timesteps": 1000}
     done = train(cohort, tmp_path, config_file=names[0], **knobs)
     assert done.returncode == 0, done.stderr
     knobs |= {"num_inference_steps": 4, "solver": "dpmpp_2m_sde"}
     done = sample(tmp_path / "models/model.pt", tmp_path / "samples", config_file=names[1], **knobs)
     assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 2
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow"])
+def test_other_prediction_types_train_and_sample(cohort, tmp_path, prediction_type):
+    workflow("train", tmp_path, dataset_dir=str(cohort), prediction_type=prediction_type).run()
+    knobs = {"ckpt_path": str(tmp_path / "models/model.pt"), "num_inference_steps": 4, "num_samples": 2}
+    workflow("inference", tmp_path / "samples", prediction_type=prediction_type, **knobs).run()
     assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 2
 
 
@@ -218,8 +220,8 @@ def test_two_accumulated_half_batches_are_one_batch(cohort, tmp_path):
         "whole": {"batch_size": 4, "max_iterations": 2, "checkpoint_interval": 2},
         "halves": {"batch_size": 2, "max_iterations": 4, "checkpoint_interval": 4, "accumulation_steps": 2},
     }.items():
-        done = train(cohort, tmp_path / name, amp="float32", val_interval=4, preview_interval=4, **knobs)
-        assert done.returncode == 0, done.stderr
+        intervals = {"val_interval": 4, "preview_interval": 4}
+        workflow("train", tmp_path / name, dataset_dir=str(cohort), amp="float32", **intervals, **knobs).run()
         (path,) = (tmp_path / name / "models").glob("checkpoint_*.pt")
         weights.append(torch.load(path, weights_only=True)["network"])
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=1e-3)
@@ -229,8 +231,7 @@ def test_checkpointed_and_channels_last_training_is_the_same_training(cohort, tm
     plain, other = tmp_path / "plain", tmp_path / "other"
     means = {"activation_checkpointing": "all", "channels_last": "true"}
     for output, knobs in ((plain, {}), (other, means)):
-        done = train(cohort, output, amp="float32", **knobs)
-        assert done.returncode == 0, done.stderr
+        workflow("train", output, dataset_dir=str(cohort), amp="float32", **knobs).run()
     pairs = [(float(a), float(b)) for (_, a), (_, b) in zip(losses(plain), losses(other), strict=True)]
     assert len(pairs) == 6 and all(a == pytest.approx(b, rel=1e-3) for a, b in pairs)
 
