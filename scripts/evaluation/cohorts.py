@@ -221,8 +221,7 @@ def check_enough(counts: Mapping[str, int], places: Mapping[str, str], num_image
         raise BundleError(f"volumes: {few}; expected at least 2 usable ones of each")
     if few:
         raise BundleError(
-            f"num_images: {num_images} of each source were asked for, but {few}; fewer images or more volumes would be "
-            "right"
+            f"num_images: {num_images} of each source were asked for, but {few}; expected fewer images or more volumes"
         )
 
 

@@ -37,7 +37,7 @@ def file_mark(path: str) -> str:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8)).hexdigest()
 
 
-def read_state_dict(path: str, key: str) -> dict[str, torch.Tensor]:
+def read_resnet(path: str, key: str) -> dict[str, torch.Tensor]:
     """The weights in a file of torch.save, without what wraps them ("state_dict", "module.", the head).
 
     Raises:
@@ -135,23 +135,18 @@ class MedicalNet:
     name, title, distances = "medicalnet", "MedicalNet (3D ResNet)", ("fid", "kid")
 
     def __init__(
-        self,
-        weights: str | None = None,
-        depth: int = 50,
-        device: str | torch.device | None = None,
-        batch_size: int = 4,
-        weights_key: str = "medicalnet_weights",
+        self, weights: str | None = None, depth: int = 50, device: str | torch.device | None = None, batch_size: int = 4
     ) -> None:
         check_knobs(batch_size=batch_size)
         if f"resnet{depth}" not in resnet_params:
             raise BundleError(f"depth: {depth!r} was given; expected 10, 18, 34, 50, 101, 152 or 200")
-        self.weights, self.depth, self.batch_size, self.weights_key = weights or None, depth, batch_size, weights_key
+        self.weights, self.depth, self.batch_size = weights or None, depth, batch_size
         self.device = resolved_device(device)
 
     @cached_property
     def network(self) -> ResNet | str:
         """The network, or the reason why there is none."""
-        key = self.weights_key
+        key = "medicalnet_weights"
         if self.weights is None:
             return f"no weights; the knob {key} gives a file such as resnet_50_23dataset.pth, or {DOWNLOAD!r}"
         if self.weights == DOWNLOAD:
@@ -162,7 +157,7 @@ class MedicalNet:
             state = without_wrapping(state)
         else:
             check_file(key, self.weights)
-            state = read_state_dict(self.weights, key)
+            state = read_resnet(self.weights, key)
         network = resnet_from(state, 3, f"{key}: {self.weights!r}")
         return dilate_as_medicalnet(network).to(self.device)
 
@@ -232,7 +227,6 @@ class SliceNetwork:
         num_slices: int = 8,
         device: str | torch.device | None = None,
         batch_size: int = 32,
-        weights_key: str = "slice_weights",
     ) -> None:
         check_knobs(num_slices=num_slices, batch_size=batch_size, size=size)
         if normalisation not in ("auto", *NORMALISATIONS):
@@ -240,13 +234,13 @@ class SliceNetwork:
                 f"normalisation: {normalisation!r} is unknown; it must be one of {('auto', *NORMALISATIONS)}"
             )
         self.weights, self.normalisation, self.size = weights or None, normalisation, size
-        self.num_slices, self.batch_size, self.weights_key = num_slices, batch_size, weights_key
+        self.num_slices, self.batch_size = num_slices, batch_size
         self.device = resolved_device(device)
 
     @cached_property
     def loaded(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], str, int | None] | str:
         """(network, its normalisation, its input size or None), or the reason why there is none."""
-        key = self.weights_key
+        key = "slice_weights"
         if self.weights is None:
             return (
                 f"no weights; the knob {key} gives a ResNet50 (RadImageNet, ImageNet) or an Inception TorchScript file"
@@ -259,7 +253,7 @@ class SliceNetwork:
                 raise BundleError(f"{key}: {self.weights!r} is not a TorchScript file that torch can read") from e
             wanted = {"return_features"} & {argument.name for argument in script.forward.schema.arguments}
             return partial(script, **dict.fromkeys(wanted, True)), "byte", None
-        state = read_state_dict(self.weights, key)
+        state = read_resnet(self.weights, key)
         normalisation = "imagenet"
         if any(k.startswith("backbone.") for k in state):
             parts = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}

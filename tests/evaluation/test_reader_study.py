@@ -131,7 +131,7 @@ def test_two_dimensional_images(tmp_path):
     [
         (
             {"num_images": 5},
-            "num_images: 5 of each source were asked for, but ddpm has 4 in ''; fewer images or more volumes",
+            "num_images: 5 of each source were asked for, but ddpm has 4 in ''; expected fewer images or more volumes",
         ),
         ({"num_images": 0}, "num_images: 0 was given"),
         ({"num_images": 2.5}, "num_images: 2.5 was given"),

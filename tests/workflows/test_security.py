@@ -18,7 +18,7 @@ from monai.handlers import CheckpointLoader
 
 from scripts.diffusion.state_dicts import load_file
 from scripts.evaluation.evaluator import slug
-from scripts.evaluation.pretrained import read_state_dict
+from scripts.evaluation.pretrained import read_resnet
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.scans.datasets import VolumeDataset
@@ -54,7 +54,7 @@ def trap(tmp_path) -> Path:
 READERS = {
     "model.pt": load_file,
     "checkpoint_00000004.pt": load_file,
-    "slice_weights.pt": lambda path: read_state_dict(path, "slice_weights"),
+    "slice_weights.pt": lambda path: read_resnet(path, "slice_weights"),
 }
 
 

@@ -124,10 +124,10 @@ def test_a_checkpoint_of_medforj_samples_from_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_a_seed_is_a_volume_whatever_the_batch_size(trained, tmp_path, solver):
+    knobs = {"ckpt_path": str(trained / "models/model.pt"), "solver": solver, "num_samples": 4, "seed": 7}
     for batch_size in (1, 4):
         output = tmp_path / str(batch_size)
-        done = sample(trained / "models/model.pt", output, solver=solver, batch_size=batch_size, num_samples=4, seed=7)
-        assert done.returncode == 0, done.stderr
+        workflow("inference", output, batch_size=batch_size, **knobs).run()
         assert (output / "mosaic.png").exists()
     one, four = (nib.load(tmp_path / b / "sample_seed7_volume003.nii.gz") for b in ("1", "4"))
     difference = np.abs(one.get_fdata() - four.get_fdata()).max() / 127.5
