@@ -192,7 +192,7 @@ def test_a_reader_study_needs_no_held_out_volumes_and_counts_before_it_reads(tmp
     ours = folder(tmp_path / "s", [8, 9, 10])
     assert [cohort.name for cohort in load(tmp_path, str(split), ours, num_images=1)] == ["real", "synthetic"]
     (tmp_path / "s/v9.nii.gz").write_text("no volume")
-    with pytest.raises(BundleError, match="num_images: 4 .* real has 3 in '.*json', synthetic has 3 in '.*s'; fewer"):
+    with pytest.raises(BundleError, match="num_images: 4 .* real has 3 .*json', synthetic has 3 .*s'; expected fewer"):
         load(tmp_path, str(split), ours, num_images=4)
     with pytest.raises(BundleError, match="num_images: 2 of each .* but real has 1 in"):
         load(tmp_path, str(split), ours, num_images=2, max_volumes=1)
