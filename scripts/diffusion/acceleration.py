@@ -159,7 +159,6 @@ def amp_dtype(
         raise BundleError(
             f"amp: 'bfloat16' was given, but the coarsest of the network's {levels} levels has {coarsest} voxels, and "
             "PyTorch's bfloat16 gradients are wrong on a CPU where a side is 2 or less; expected auto or float32, a "
-            "larger "
-            "spatial_shape or fewer levels (key channels)"
+            "larger spatial_shape or fewer levels (key channels)"
         )
     return choices[amp]

@@ -59,8 +59,7 @@ class GuidedNetwork(nn.Module):
         if not 0 <= self.class_label <= self.no_class:
             raise BundleError(
                 f"class_label: {class_label!r} was given, but the network knows {self.no_class} classes; expected an "
-                "index from "
-                f"0 to {self.no_class}, the last for no class"
+                f"index from 0 to {self.no_class}, the last for no class"
             )
         if self.guidance_scale != 1 and not self.no_class:
             raise BundleError(

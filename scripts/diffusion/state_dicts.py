@@ -136,8 +136,7 @@ def check_finite(state_dict: Mapping[str, Any], path: str) -> None:
         names = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         raise BundleError(
             f"{path!r} holds NaN or infinite weights in {len(bad)} of {len(tensors)} tensors ({names}); expected an "
-            "earlier "
-            "checkpoint of that training, with finite ones"
+            "earlier checkpoint of that training, with finite ones"
         )
 
 

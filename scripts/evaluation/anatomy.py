@@ -139,8 +139,7 @@ class Anatomy:
         if not isinstance(names, Mapping) or not all(re.fullmatch(r"-?\d+", str(label)) for label in names):
             raise BundleError(
                 f"label_names: {label_names!r} was given; expected labels and names such as "
-                f"{{'17': 'left hippocampus'}}, or "
-                "'freesurfer'"
+                f"{{'17': 'left hippocampus'}}, or 'freesurfer'"
             )
         check_knobs(num_permutations=num_permutations, num_resamples=num_resamples, seed=seed)
         check_knob("max_volumes", max_volumes, whole(2))

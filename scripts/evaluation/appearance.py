@@ -104,13 +104,7 @@ class Appearance:
         shape = cohorts.real.volumes.shape[1:]
         if len(shape) not in (2, 3) or min(shape) < 4:
             raise BundleError(f"{cohorts.real.name}: volumes of {shape} voxels; 2 or 3 sides of 4 or more are right")
-        for cohort in cohorts:
-            if cohort.volumes.shape[1:] != shape:
-                raise BundleError(
-                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; expected {shape}, as "
-                    "the real "
-                    "ones have"
-                )
+        cohorts.check_one_shape()
 
     def describe(self, cohort: Cohort) -> dict[str, np.ndarray]:
         """Arrays of one entry a volume.

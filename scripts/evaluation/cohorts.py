@@ -70,6 +70,16 @@ class Cohorts:
             yield self.held_out
         yield from self.synthetic
 
+    def check_one_shape(self) -> None:
+        """Raises BundleError where a cohort's volumes have another shape than the real ones."""
+        shape = self.real.volumes.shape[1:]
+        for cohort in self:
+            if cohort.volumes.shape[1:] != shape:
+                raise BundleError(
+                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; expected {shape}, as the "
+                    "real ones have"
+                )
+
     @property
     def colours(self) -> dict[str, str]:
         """Matplotlib colours by name: the real cohort black, the held-out one grey, the others tab10 in its order."""

@@ -86,8 +86,7 @@ class Memorisation:
         if similarity is not None and not callable(similarity):
             raise BundleError(
                 f"similarity: {similarity!r} was given; expected a function of two arrays of volumes and pairs of "
-                "them, such as "
-                "scripts.evaluation.ms_ssim.ms_ssim_pairs, or null"
+                "them, such as scripts.evaluation.ms_ssim.ms_ssim_pairs, or null"
             )
         check_knobs(candidates=candidates, neighbours=neighbours, num_worst=num_worst, num_resamples=num_resamples)
         check_knobs(seed=seed, duplicate=duplicate, memory=memory)
@@ -114,14 +113,7 @@ class Memorisation:
 
     def check(self, cohorts: Cohorts) -> None:
         """All volumes have one shape, and the second similarity can be computed for it."""
-        shape = cohorts.real.volumes.shape[1:]
-        for cohort in cohorts:
-            if cohort.volumes.shape[1:] != shape:
-                raise BundleError(
-                    f"{cohort.name}: volumes of {cohort.volumes.shape[1:]} voxels were found; expected {shape}, as "
-                    "the real "
-                    "ones have"
-                )
+        cohorts.check_one_shape()
         if self.measure is not None:
             found = np.shape(self.measure(cohorts.real.volumes[:1], cohorts.real.volumes[:1], np.array([[0, 0]])))
             if found != (1,):

@@ -86,8 +86,7 @@ def read_answers(path: str, study: str, images: Sequence[str]) -> Answers:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise BundleError(
                 f"answers: in {path!r}, image {found[0]!r}{more} {problem}; expected one answer to each of the "
-                f"{len(images)} "
-                "images of the key"
+                f"{len(images)} images of the key"
             )
     try:
         seconds = {row["image"]: float(row["seconds"]) for row in rows}
@@ -225,8 +224,7 @@ def score(key_file: str, answers: Sequence[str] | str | None, output_dir: str) -
         if reading.reader in readings:
             raise BundleError(
                 f"answers: {readings[reading.reader][0]!r} and {path!r} are both of the reader {reading.reader!r}; "
-                "expected "
-                "one file a reader"
+                "expected one file a reader"
             )
         readings[reading.reader] = (path, reading)
     scores = measure_readers(sources, [reading for _, reading in readings.values()])

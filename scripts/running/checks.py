@@ -104,8 +104,7 @@ def check_network(
         raise BundleError(
             f"spatial_shape: {list(spatial_shape)} was given, but {len(channels)} levels (key channels) come down to "
             "one voxel, of which each group (norm_num_groups) has one channel, and one value cannot be normalised; "
-            "expected "
-            f"{[2 * side for side in spatial_shape]}, fewer levels or fewer groups"
+            f"expected {[2 * side for side in spatial_shape]}, fewer levels or fewer groups"
         )
     for level, (width, heads) in enumerate(zip(channels, num_head_channels)):
         if (attention_levels[level] or level == len(channels) - 1) and (heads < 1 or width % heads):

@@ -72,7 +72,7 @@ def lock(key: str, folder: str, place: str) -> None:
         raise BundleError(
             f"{key}: {str(path)!r} cannot be opened ({e.strerror}); give a folder that you may write in"
         ) from e
-    except (OSError, NotImplementedError) as e:  # a file system without locks
+    except OSError as e:  # a file system without locks
         logger.warning(f"{key}: {folder!r} cannot be locked ({e}); let no other run write there")
         return
     LOCKS[place] = folder_lock

@@ -54,8 +54,7 @@ def local_device() -> torch.device:
     if int(local_rank) >= count:
         raise BundleError(
             f"nproc_per_node: this is process {int(local_rank) + 1} of a machine that has {count} GPUs; expected at "
-            "most as "
-            "many processes as GPUs"
+            "most as many processes as GPUs"
         )
     return torch.device("cuda", int(local_rank))
 
@@ -109,8 +108,7 @@ def check_shared_evenly(**knobs: int) -> None:
         if value % size:
             raise BundleError(
                 f"{key}: {value} was given, which {size} processes cannot share evenly; expected a multiple of {size} "
-                "such as "
-                f"{-(-value // size) * size}"
+                f"such as {-(-value // size) * size}"
             )
 
 

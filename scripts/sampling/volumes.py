@@ -146,8 +146,7 @@ class SaveVolumes:
             if bad := np.count_nonzero(~np.isfinite(voxels)):
                 raise BundleError(
                     f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; expected "
-                    "finite weights, "
-                    "--amp float32 or another solver"
+                    "finite weights, --amp float32 or another solver"
                 )
             os.makedirs(os.path.dirname(path), exist_ok=True)
             description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"

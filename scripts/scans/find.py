@@ -209,8 +209,7 @@ def require(dataset_dir: str, training: Sequence, class_names: Sequence[str] | N
         if without:
             raise BundleError(
                 f"class_names: of {len(training)} images to train on none is of {without}; expected at least one of "
-                "each of "
-                f"{list(class_names)}"
+                f"each of {list(class_names)}"
             )
         return
     found = "it holds no usable images" if os.path.isdir(dataset_dir) else "there is no such folder"

@@ -262,6 +262,16 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys, said):
     assert capsys.readouterr().err == f"error: {said or 'stopped by Ctrl-C'}\n"
 
 
+def test_intervals_and_preview_steps_follow_a_short_training_and_a_short_schedule():
+    """Where the command line names none of them."""
+    parser = ConfigParser.load_config_file(ROOT / "configs/train.json") | {"max_iterations": 6, "accumulation_steps": 3}
+    parser = ConfigParser(parser | {"num_train_timesteps": 10})
+    derived = parser.get_parsed_content("derived_knobs")
+    assert [derived[key] for key in ("val_interval", "preview_interval", "checkpoint_interval")] == [6, 6, 6]
+    assert derived["preview_steps"] == 10
+    check_knobs(derived)
+
+
 def test_the_seed_is_set_before_the_network_is_made():
     """A check of knobs looks into init_ckpt, and must not make anything of the config."""
     weights = []
