@@ -46,6 +46,7 @@ TINY_TRAINING = TINY_NETWORK | {
     "checkpoint_interval": "2",
     "num_workers": "0",
     "learning_rate": "0.001",
+    "brain_extraction": "False",  # phantoms are heads, and their brains are none that deepbet knows
 }
 
 

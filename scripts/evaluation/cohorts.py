@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.running.errors import BundleError
+from scripts.scans.brains import with_brains
 from scripts.scans.datasets import VolumeDataset
 from scripts.scans.find import find_images, stem, volumes_below
 from scripts.scans.inspect import readable, shape_of
@@ -90,10 +91,11 @@ class Cohorts:
 
 @dataclass
 class Source:
-    """Where the files of a cohort are: `folder`, and if `files` is not None those of them alone."""
+    """Where the files of a cohort are: `folder`, and if `files` is not None those of them alone, with their masks."""
 
     folder: str
     files: list[str] | None = None
+    masks: Mapping[str, str] = field(default_factory=dict)
 
 
 def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[str, str] | str) -> dict[str, Source]:
@@ -128,7 +130,7 @@ def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[
             folder = split.get("dataset_dir")
             if not folder:  # versions before 0.5 did not write it
                 folder = os.path.commonpath([os.path.dirname(file) for files in sides.values() for file in files])
-            sources = {name: Source(folder, files) for name, files in sides.items()}
+            sources = {name: Source(folder, files, dict(split.get("masks", {}))) for name, files in sides.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BundleError(
                 f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); expected "
@@ -175,7 +177,7 @@ def matching_label_maps(images: Sequence[str], label_dir: str) -> list[str]:
 
 def load_cohort(
     name: str,
-    files: Sequence[str],
+    images: Sequence[dict[str, str]],
     folder: str,
     transform: Callable,
     cache_dir: str,
@@ -187,24 +189,28 @@ def load_cohort(
     """Preprocess the files of one cohort; each result is kept on the disk, so that a stopped run goes on.
 
     Args:
+        images: [{"image": path, "mask": path}, ...], the masks of those that have one.
         folder: see `Cohort`.
-        transform: the training's deterministic transforms, {"image": path} -> {"image": (1, *spatial), "voxel_size"}.
+        transform: the training's deterministic transforms, an image -> {"image": (1, *spatial), "voxel_size"}.
         cache_dir: folder of the preprocessed volumes.
         label_dir: folder of label maps, or None.
         num_workers: threads.
-        spatial_shape, transform_on_grid: where every file of the cohort has that shape already, these transforms are
-            used instead: cropping and resampling a second time would shrink and blur what a generator made.
+        spatial_shape, transform_on_grid: where every file of the cohort has that shape already and no mask, these
+            transforms are used instead: cropping and resampling a second time would shrink and blur what a generator
+            made.
     """
+    files = [item["image"] for item in images]
     label_maps = matching_label_maps(files, label_dir) if label_dir else None
     shapes = Counter(map(shape_of, files))
     on_grid = transform_on_grid is not None and spatial_shape is not None and set(shapes) == {tuple(spatial_shape)}
+    on_grid = on_grid and not any("mask" in item for item in images)
     used = transform_on_grid if on_grid else transform
-    data = VolumeDataset([{"image": f} for f in files], used, cache="disk", cache_dir=cache_dir).volumes
+    data = VolumeDataset(images, used, cache="disk", cache_dir=cache_dir).volumes
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         items = list(tqdm(pool.map(data.__getitem__, range(len(data))), f"preprocessing {name}", len(data)))
     cohort = Cohort(
         name,
-        list(files),
+        files,
         np.stack([item["image"][0].numpy().astype(np.float16) for item in items]),
         np.stack([np.asarray(item["voxel_size"], np.float32) for item in items]),
         label_maps,
@@ -249,6 +255,9 @@ def load_cohorts(
     transform_on_grid: Callable | None = None,
     image_pattern: str | None = None,
     num_images: int | None = None,
+    exclude: Sequence[str] = (),
+    brain_extraction: bool | str = False,
+    mask_dir: str = "",
 ) -> Cohorts:
     """Check every file of every folder, then bring all to one grid by the training's own preprocessing.
 
@@ -258,8 +267,11 @@ def load_cohorts(
         label_dirs: {cohort name: folder of label maps}, any of the cohorts.
         max_volumes: only the first so many volumes of each folder (sorted by path); None for all.
         skip_bad_files: warn of files that cannot be used instead of refusing them.
-        image_pattern: which files of `real_dir` and `held_out_dir` are images, see `scripts.scans.find.find_images`.
+        image_pattern, exclude: which files of `real_dir` and `held_out_dir` are images, see
+            `scripts.scans.find.find_images`. An entry of `exclude` must fit a file of `real_dir`.
         num_images: volumes of each cohort that a reader study shows, which has no held-out one; None for an evaluation.
+        brain_extraction, mask_dir: of the volumes in these two folders, see `scripts.scans.brains.with_brains`. Those
+            of a dataset.json have the masks that they were trained with.
 
     Raises:
         BundleError: what `sources_of` raises; files that cannot be used; a cohort of too few, see `check_enough`.
@@ -274,23 +286,27 @@ def load_cohorts(
     images: dict[str, list[dict[str, str]]] = {}
     for name, source in sources.items():
         if source.files is None:
-            pattern = image_pattern if name in (REAL, HELD_OUT) else None
-            images[name] = find_images(source.folder, None, dims, pattern, f"{name} volumes")[:max_volumes]
+            pattern, left_out = (image_pattern, exclude) if name in (REAL, HELD_OUT) else (None, ())
+            images[name] = find_images(source.folder, None, dims, pattern, f"{name} volumes", left_out)[:max_volumes]
         else:
-            images[name] = [{"image": file} for file in source.files[:max_volumes]]
+            masks = source.masks
+            images[name] = [
+                {"image": f} | ({"mask": masks[f]} if f in masks else {}) for f in source.files[:max_volumes]
+            ]
     places = {name: source.folder if source.files is None else real_dir for name, source in sources.items()}
     check_enough({name: len(found) for name, found in images.items()}, places, num_images)  # before any is read
-    files: dict[str, list[str]] = {}
     for name, found in images.items():
         checked_path = os.path.join(cache_dir, "checked.json")
-        usable = readable(found, skip_bad_files, f"{name} volumes", dims, checked_path)
-        files[name] = [item["image"] for item in usable]
-    check_enough({name: len(found) for name, found in files.items()}, places, num_images)
+        images[name] = readable(found, skip_bad_files, f"{name} volumes", dims, checked_path)
+    check_enough({name: len(found) for name, found in images.items()}, places, num_images)
+    for name, source in sources.items():
+        if name in (REAL, HELD_OUT) and source.files is None and dims == 3:
+            images[name] = with_brains(images[name], brain_extraction, mask_dir, f"{name} volumes")
     with idist.one_rank_first():  # it fills the cache
         cohorts = {
             name: load_cohort(
                 name,
-                f,
+                found,
                 sources[name].folder,
                 transform,
                 cache_dir,
@@ -299,7 +315,7 @@ def load_cohorts(
                 spatial_shape,
                 transform_on_grid,
             )
-            for name, f in files.items()
+            for name, found in images.items()
         }
     names = list(cohorts)
     for i, first in enumerate(names):

@@ -162,6 +162,12 @@ KNOBS = {
     # training
     "init_ckpt": or_none(PATH, "to begin anew"),
     "image_pattern": or_none(Knob(PATH.fits, "a pattern such as '*_T1w.nii.gz'"), "for all images"),
+    "exclude": Knob(
+        lambda value: isinstance(value, (list, tuple)) and all(isinstance(entry, str) and entry for entry in value),
+        "a list of names or patterns, such as ['sub-07_T1w.nii.gz']",
+    ),
+    "brain_extraction": Knob(lambda value: value == "auto" or SWITCH.fits(value), "auto, true or false"),
+    "mask_dir": PATH,
     "mask_suffix": or_none(Knob(PATH.fits, "the end of the masks' names"), "without masks"),
     "learning_rate": above(0),
     "max_iterations": whole(1),

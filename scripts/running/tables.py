@@ -1,4 +1,4 @@
-"""Tables that people write or edit: CSV files with a line of names at their top."""
+"""Tables that people write or edit: CSV and TSV files with a line of names at their top."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from scripts.running.errors import BundleError
 
 
 def read_table(path: str, columns: Sequence[str], key: str, right: str) -> list[tuple[int, dict[str, str]]]:
-    """(line number, row) of each row of a CSV file that has at least these columns; values are stripped of spaces.
+    """(line number, row) of each row of a table that has at least these columns; values are stripped of spaces.
 
     Args:
-        path: of the file, in UTF-8, with or without the byte order mark of spreadsheets.
+        path: of the file, in UTF-8, with or without the byte order mark of spreadsheets; .tsv has tabs, others commas.
         columns: that must be there and have a value, maybe empty, in each row.
         key: what the user knows the file by.
         right: ends an error, such as "a CSV file with the columns 'file' and 'class'".
@@ -22,7 +22,7 @@ def read_table(path: str, columns: Sequence[str], key: str, right: str) -> list[
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, delimiter="\t" if str(path).endswith(".tsv") else ",")
             rows, found = [(reader.line_num, row) for row in reader], list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         reason = e.strerror if isinstance(e, OSError) else e

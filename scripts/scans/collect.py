@@ -18,17 +18,18 @@ def find_scans(
     class_table: str | None = None,
     skip_bad_files: bool | str = False,
     checked_path: str | None = None,
+    exclude: Sequence[str] = (),
 ) -> list[dict]:
     """[{"image": path, "mask": path, "class_label": index}, ...], the latter two where they are asked for.
 
     Args:
-        dataset_dir, spatial_dims, mask_suffix, image_pattern: see `find_images`.
+        dataset_dir, spatial_dims, mask_suffix, image_pattern, exclude: see `find_images`.
         class_names, class_table: see `with_classes`.
         skip_bad_files, checked_path: see `readable`.
 
     Raises:
         BundleError: see these functions.
     """
-    images = find_images(dataset_dir, mask_suffix, spatial_dims, image_pattern)
+    images = find_images(dataset_dir, mask_suffix, spatial_dims, image_pattern, exclude=exclude)
     images = with_classes(images, class_names, class_table, dataset_dir)
     return readable(images, skip_bad_files, spatial_dims=spatial_dims, checked_path=checked_path)

@@ -116,7 +116,7 @@ def summarise(
     dataset_dir: str | None = None,
     data_description: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Write what was trained on (folder, counts, files, physical voxel sizes of the cubes) to a JSON file.
+    """Write what was trained on (folder, counts, files, masks, physical voxel sizes of the cubes) to a JSON file.
 
     With classes it also counts them, and a file beside it lists those of each: dataset.json has dataset_glioma.json.
     `data_description`, the knobs that say which data they are, is for `scripts.scans.split.split_as_before`.
@@ -136,6 +136,9 @@ def summarise(
         "validation": [item["image"] for item in validation.volumes.data],
         "data_description": dict(data_description or {}),
     }
+    items = [*training.volumes.data, *validation.volumes.data]
+    if masks := {item["image"]: item["mask"] for item in items if "mask" in item}:
+        summary["masks"] = masks
     written = {path: summary}
     for label, name in enumerate(class_names or ()):
         of_class = {

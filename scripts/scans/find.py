@@ -85,6 +85,7 @@ def find_images(
     spatial_dims: int = 3,
     image_pattern: str | None = None,
     key: str = "dataset_dir",
+    exclude: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """All images below a folder, sorted by path; the log counts what is left out.
 
@@ -96,13 +97,15 @@ def find_images(
         image_pattern: which files are images, such as "*_T1w.nii.gz" or, from `dataset_dir`, "sub-*/anat/*"; None for
             all whose names do not end as those of masks, label maps and the like (NO_IMAGE) do.
         key: what the user knows the folder by.
+        exclude: names or patterns, as `image_pattern`, of images to leave out; a path without a pattern may also be
+            given from `dataset_dir`.
 
     Returns:
         [{"image": path}, ...], with "mask": path where `mask_suffix` is given.
 
     Raises:
-        BundleError: names every image that has no mask although `mask_suffix` is given; masks in 2D; a pattern that
-            fits no file.
+        BundleError: names every image that has no mask although `mask_suffix` is given; masks in 2D; a pattern, or an
+            entry of `exclude`, that fits no file.
     """
     if mask_suffix and spatial_dims == 2:
         raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; expected null")
@@ -126,7 +129,7 @@ def find_images(
                 f"{os.path.relpath(files[0], dataset_dir)!r}; expected a pattern of some of them"
             )
         logger.info(f"{key}: {len(images)} of {len(files)} files fit the image_pattern {image_pattern!r}")
-    images = once(key, images)
+    images = without_excluded(key, once(key, images), exclude, dataset_dir)
     if not mask_suffix:
         return [{"image": f} for f in images]
     pairs = [{"image": f, "mask": masks.get((os.path.dirname(f), stem(f) + mask_suffix), "")} for f in images]
@@ -137,6 +140,22 @@ def find_images(
             f"them, for example {without[0]!r} (expected {stem(without[0]) + mask_suffix}.nii.gz)"
         )
     return pairs
+
+
+def without_excluded(key: str, images: Sequence[str], exclude: Sequence[str], folder: str) -> list[str]:
+    """The images that no entry of `exclude` fits; each must fit one."""
+    excluded = set()
+    for entry in exclude:
+        found = [file for file in images if fits(file, entry, folder) or os.path.relpath(file, folder) == entry]
+        if images and not found:
+            raise BundleError(
+                f"exclude: {entry!r} fits none of the {len(images)} images in {key}, such as "
+                f"{os.path.relpath(images[0], folder)!r}; expected names or patterns of some of them"
+            )
+        excluded.update(found)
+    if excluded:
+        logger.info(f"{key}: {len(excluded)} of {len(images)} images are left out by exclude")
+    return [file for file in images if file not in excluded]
 
 
 def fits(file: str, pattern: str, folder: str) -> bool:
@@ -214,7 +233,7 @@ def require(dataset_dir: str, training: Sequence, class_names: Sequence[str] | N
         return
     found = "it holds no usable images" if os.path.isdir(dataset_dir) else "there is no such folder"
     raise BundleError(
-        f"dataset_dir: {str(dataset_dir)!r}: {found}; expected a folder with at least two brain-extracted volumes "
+        f"dataset_dir: {str(dataset_dir)!r}: {found}; expected a folder with at least two volumes "
         "(.nii, .nii.gz or .mgz; in 2D also .png or .jpg), in MONAI Label images with a final label, or "
         "no folder at all and configs/presets/demo.json"
     )

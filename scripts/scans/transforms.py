@@ -46,6 +46,17 @@ def fill_cavities(mask: np.ndarray) -> np.ndarray:
     return inside
 
 
+def background_of(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(height of each voxel above the middle value of the corners, where there is almost none, whether that is even).
+
+    Even is what lies around a brain that was extracted: one value in the corners, and in 30 % of the volume at least.
+    """
+    corners = np.ix_(*(np.r_[: side // 10 + 1, -(side // 10) - 1 : 0] for side in image.shape))
+    height = image - np.median(image[corners])
+    outside = np.abs(height) <= LEVEL * np.abs(height).max()
+    return height, outside, bool(outside[corners].mean() > 0.95 and outside.mean() > 0.3)
+
+
 def foreground_of(image: np.ndarray) -> np.ndarray:
     """Boolean mask of the brain (or head) in a volume without channel axis.
 
@@ -55,14 +66,11 @@ def foreground_of(image: np.ndarray) -> np.ndarray:
     Otherwise (a whole head in air whose noise may be whole numbers) Otsu's threshold separates tissue from air, and
     cavities are filled.
     """
-    corners = np.ix_(*(np.r_[: side // 10 + 1, -(side // 10) - 1 : 0] for side in image.shape))
-    height = image - np.median(image[corners])
-    outside = np.abs(height) <= LEVEL * np.abs(height).max()
-    even = outside[corners].mean() > 0.95
+    height, outside, even = background_of(image)
     signed = -height[height < 0].sum() > 0.2 * height[height > 0].sum()
     if signed:
         outside = height == 0
-    if not even or outside.mean() <= 0.3:
+    if not even:
         return fill_cavities(image > otsu_threshold(image))
     if signed or outside.all():
         return ~outside

@@ -96,7 +96,7 @@ def test_all_processes_go_back_from_a_surge_that_one_sees(cohort, tmp_path):
 
 def test_two_processes_evaluate_as_one_does(cohort, tmp_path):
     knobs = {"config_file": "configs/evaluate.json", "real_dir": cohort, "synthetic_dirs": cohort, "num_pairs": 12}
-    knobs |= {"spatial_shape": "[16,16,16]", "num_workers": 0}
+    knobs |= {"spatial_shape": "[16,16,16]", "num_workers": 0, "brain_extraction": "false"}
     one, two = tmp_path / "one", tmp_path / "two"
     runs = (
         run_bundle("run", output_dir=one, **knobs),

@@ -13,7 +13,12 @@ from PIL import Image
 
 from scripts.scans.phantoms import phantom_cohort
 
-KNOBS = {"config_file": "configs/evaluate.json", "spatial_shape": "[16,16,16]", "num_pairs": 6}
+KNOBS = {
+    "config_file": "configs/evaluate.json",
+    "spatial_shape": "[16,16,16]",
+    "num_pairs": 6,
+    "brain_extraction": "false",
+}
 RESULTS = ("metrics.json", "metrics.csv")
 
 

@@ -26,6 +26,9 @@ VALUES = {"0": 0, "-1": -1, "1.5": 1.5, "inf": inf, "nan": nan, "a": "a", "true"
 RIGHT = {  # which of `VALUES` a knob may be; a knob that is not here may be none of them
     "init_ckpt": "a none",
     "mask_suffix": "a none",
+    "exclude": "[]",
+    "brain_extraction": "true",
+    "mask_dir": "a",
     "image_pattern": "a none",
     "wavelet_levels": "0",
     "output_dir": "a",

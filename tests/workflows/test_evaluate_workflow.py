@@ -17,6 +17,7 @@ MEASURES = ["diversity", "fidelity", "anatomy", "memorisation", "appearance"]
 
 def evaluate(output, **overrides):
     knobs = {"config_file": "configs/evaluate.json", "output_dir": output, "spatial_shape": "[16,16,16]"}
+    knobs["brain_extraction"] = "false"  # phantoms are heads
     return run_bundle("run", **knobs | {"num_pairs": 6} | overrides)
 
 

@@ -39,6 +39,7 @@ OF_DATA = {
     "seed": 1,
     "val_fraction": 0.4,
     "mask_suffix": "_mask",
+    "brain_extraction": True,
     "image_pattern": "*.gz",
     "crop_margin": 0,
     "percentiles": [1, 99],
@@ -46,6 +47,8 @@ OF_DATA = {
 MAY_CHANGE = {
     "skip_bad_files": True,
     "device": "cpu:0",
+    "exclude": [],
+    "mask_dir": "elsewhere",
     "class_table": None,
     "class_dropout": 0.5,
     "learning_rate": 0.002,
