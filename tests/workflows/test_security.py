@@ -231,7 +231,7 @@ def test_nothing_about_patients_is_in_weights_samples_or_logs(cohort, tmp_path):
         p.name for p in written
     }
     with_mark = {p.name for p in written if MARK.encode() in marked_bytes(p) or MARK in str(p.relative_to(tmp_path))}
-    assert with_mark == {"dataset.json"}  # which is there to say what was trained on
+    assert with_mark == {"dataset.json", "brains.csv"}  # which are there to say what was trained on
     header = nib.load(tmp_path / "samples/sample_seed0_volume000.nii.gz").header
     assert bytes(header["descrip"]).startswith(b"synthetic") and not header.extensions
     assert np.array_equal(header["db_name"], b"") and np.array_equal(header["aux_file"], b"")
