@@ -22,7 +22,7 @@ import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
-from scipy.ndimage import binary_fill_holes, label
+from monai.utils import optional_import
 from tqdm import tqdm
 
 from scripts.running.checks import as_bool
@@ -33,6 +33,8 @@ from scripts.running.processes import gathered, in_turn, share
 from scripts.scans.inspect import mark_of
 from scripts.scans.transforms import background_of, foreground_of
 
+# optional: the Model Zoo looks at the workflow of a training where there is no scipy
+ndimage, _ = optional_import("scipy.ndimage")
 logger = logging.getLogger(__name__)
 LARGEST_BRAIN = 2000.0  # mL; brains of adults have 900 to 1900, heads from 2500 on
 INSTALL = "deepbet is not installed: `pip install -r requirements.txt`, or --brain_extraction false"
@@ -69,10 +71,10 @@ def extractor() -> Any:
 
 def largest_piece(mask: np.ndarray) -> np.ndarray:
     """The largest connected piece of a mask (voxels that share a face), with its holes filled."""
-    pieces, count = label(mask)
+    pieces, count = ndimage.label(mask)
     if not count:
         return mask
-    return binary_fill_holes(pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]))
+    return ndimage.binary_fill_holes(pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]))
 
 
 def brain_mask(path: str) -> nib.Nifti1Image:

@@ -8,13 +8,15 @@ from functools import partial
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import map_coordinates
-from scipy.optimize import minimize
+from monai.utils import optional_import
 
 from scripts.running.errors import BundleError
 from scripts.scans.brains import millilitres, volume_of
 from scripts.scans.transforms import foreground_of, mask_of
 
+# optional, see scripts/scans/brains.py
+ndimage, _ = optional_import("scipy.ndimage")
+minimize, _ = optional_import("scipy.optimize", name="minimize")
 COARSE = 4.0  # mm; so large are the voxels on which pose and likeness are measured
 SIDE = 24  # voxels of the cube in which brains are compared
 FAR = 5.0  # standard deviations, as the median absolute deviation of a normal distribution gives them
@@ -96,7 +98,7 @@ def asymmetry(pose: Sequence[float], image: np.ndarray, spacing: np.ndarray, poi
     normal = np.array([np.cos(roll) * np.cos(yaw), np.cos(roll) * np.sin(yaw), np.sin(roll)])
     centre = points.mean(0)
     mirrored = points - 2 * (((points - centre) @ normal) - distance)[:, None] * normal
-    pair = [map_coordinates(image, (at / spacing).T, order=1) for at in (points, mirrored)]
+    pair = [ndimage.map_coordinates(image, (at / spacing).T, order=1) for at in (points, mirrored)]
     return 1 - float(np.corrcoef(*pair)[0, 1])
 
 
@@ -127,7 +129,7 @@ def in_box(image: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> np.ndarr
     half = ((last - first + 1) * spacing).max() / 2
     steps = (np.arange(SIDE) + 0.5) / SIDE * 2 - 1
     axes = [((first[i] + last[i]) / 2 * spacing[i] + half * steps) / spacing[i] for i in range(3)]
-    return map_coordinates(image, np.meshgrid(*axes, indexing="ij"), order=1).astype(np.float32)
+    return ndimage.map_coordinates(image, np.meshgrid(*axes, indexing="ij"), order=1).astype(np.float32)
 
 
 def views(image: np.ndarray, mask: np.ndarray, spacing: np.ndarray, rows: int, mm: float) -> tuple[list, list]:
@@ -143,9 +145,9 @@ def views(image: np.ndarray, mask: np.ndarray, spacing: np.ndarray, rows: int, m
         places[axis] = round(middle[axis])
         places[across] = (middle[across] + steps / spacing[across])[None, :]
         places[up] = (middle[up] + steps / spacing[up])[::-1, None]
-        cut = map_coordinates(image, places, order=1, output=np.float32)
+        cut = ndimage.map_coordinates(image, places, order=1, output=np.float32)
         slices.append((np.clip((cut - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
-        inside = map_coordinates(mask.astype(np.uint8), places, order=0).astype(bool)
+        inside = ndimage.map_coordinates(mask.astype(np.uint8), places, order=0).astype(bool)
         inner = inside.copy()
         for shift in ((0, 1), (0, -1), (1, 0), (-1, 0)):
             inner &= np.roll(inside, shift, (0, 1))
