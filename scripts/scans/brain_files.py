@@ -16,12 +16,11 @@ import numpy as np
 from scripts.running.errors import BundleError
 from scripts.running.files import write_text
 from scripts.running.tables import read_table
-from scripts.scans.brains import for_each, volume_of, write_volume
+from scripts.scans.brains import brain_in, for_each, write_volume
 from scripts.scans.find import stem
 from scripts.scans.look import look_at
 from scripts.scans.outliers import QUANTITIES
 from scripts.scans.split import subjects_of
-from scripts.scans.transforms import foreground_of, mask_of
 
 logger = logging.getLogger(__name__)
 TABLE = "participants.tsv"
@@ -41,8 +40,7 @@ def write_brain(item: dict[str, str], folder: str, output_dir: str) -> str:
 
     What is a brain already has no "mask", and is written as it is.
     """
-    voxels, affine = volume_of(item["image"])
-    mask = mask_of(volume_of(item["mask"])[0]) if "mask" in item else foreground_of(voxels)
+    voxels, mask, affine = brain_in(item)
     brain = np.where(mask, voxels, 0).astype(voxels.dtype) if "mask" in item else voxels
     place = os.path.join(output_dir, os.path.dirname(os.path.relpath(item["image"], folder)), stem(item["image"]))
     os.makedirs(os.path.dirname(place), exist_ok=True)

@@ -31,7 +31,7 @@ from scripts.running.files import write_atomically, write_text
 from scripts.running.locks import check_writable
 from scripts.running.processes import gathered, in_turn, share
 from scripts.scans.inspect import mark_of
-from scripts.scans.transforms import background_of, foreground_of
+from scripts.scans.transforms import background_of, foreground_of, mask_of
 
 # optional: the Model Zoo looks at the workflow of a training where there is no scipy
 ndimage, _ = optional_import("scipy.ndimage")
@@ -50,6 +50,13 @@ def volume_of(path: str) -> tuple[np.ndarray, np.ndarray]:
 def millilitres(mask: np.ndarray, affine: np.ndarray) -> float:
     """The volume of a mask."""
     return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def brain_in(item: dict[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(voxels, mask of the brain, affine) of a scan: its "mask" if it has one, else what is no background."""
+    voxels, affine = volume_of(item["image"])
+    mask = mask_of(volume_of(item["mask"])[0]) if "mask" in item else foreground_of(voxels)
+    return voxels, mask, affine
 
 
 def is_head(path: str) -> bool:

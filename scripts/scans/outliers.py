@@ -11,8 +11,7 @@ import numpy as np
 from monai.utils import optional_import
 
 from scripts.running.errors import BundleError
-from scripts.scans.brains import millilitres, volume_of
-from scripts.scans.transforms import foreground_of, mask_of
+from scripts.scans.brains import brain_in, millilitres
 
 # optional, see scripts/scans/brains.py
 ndimage, _ = optional_import("scipy.ndimage")
@@ -132,11 +131,14 @@ def in_box(image: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> np.ndarr
     return ndimage.map_coordinates(image, np.meshgrid(*axes, indexing="ij"), order=1).astype(np.float32)
 
 
-def views(image: np.ndarray, mask: np.ndarray, spacing: np.ndarray, rows: int, mm: float) -> tuple[list, list]:
-    """`slices` and `outlines` of a `Brain`, of rows x rows pixels of `mm`, around the middle of its box."""
+def views(shades: np.ndarray, mask: np.ndarray, spacing: np.ndarray, rows: int, mm: float) -> tuple[list, list]:
+    """`slices` and `outlines` of a `Brain`, of rows x rows pixels of `mm`, around the middle of its box.
+
+    Args:
+        shades: (X, Y, Z), the scan; what is below 0 is black and what is above 1 white.
+    """
     first, last = box_of(mask)
     middle = (first + last) / 2
-    low, high = np.percentile(image[mask], [0.5, 99.5])
     steps = (np.arange(rows) - (rows - 1) / 2) * mm
     slices, outlines = [], []
     for axis in range(3):
@@ -145,8 +147,8 @@ def views(image: np.ndarray, mask: np.ndarray, spacing: np.ndarray, rows: int, m
         places[axis] = round(middle[axis])
         places[across] = (middle[across] + steps / spacing[across])[None, :]
         places[up] = (middle[up] + steps / spacing[up])[::-1, None]
-        cut = ndimage.map_coordinates(image, places, order=1, output=np.float32)
-        slices.append((np.clip((cut - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
+        cut = ndimage.map_coordinates(shades, places, order=1, output=np.float32)
+        slices.append((np.clip(cut, 0, 1) * 255).astype(np.uint8))
         inside = ndimage.map_coordinates(mask.astype(np.uint8), places, order=0).astype(bool)
         inner = inside.copy()
         for shift in ((0, 1), (0, -1), (1, 0), (-1, 0)):
@@ -161,18 +163,18 @@ def measured(item: dict[str, str], rows: int = 112, mm: float = 2.0) -> Brain:
     Raises:
         BundleError: names a file without foreground.
     """
-    voxels, affine = volume_of(item["image"])
-    mask = mask_of(volume_of(item["mask"])[0]) if "mask" in item else foreground_of(voxels)
+    voxels, mask, affine = brain_in(item)
     ras = [nib.as_closest_canonical(nib.Nifti1Image(each, affine)) for each in (np.float32(voxels), np.uint8(mask))]
     image, mask = np.asarray(ras[0].dataobj), np.asarray(ras[1].dataobj) > 0
     if not mask.any() or image[mask].min() == image[mask].max():
         raise BundleError(f"{item['image']!r} has no foreground; expected an image")
     spacing = np.linalg.norm(ras[0].affine[:3, :3], axis=0)
     first, last = box_of(mask)
-    slices, outlines = views(image, mask, spacing, rows, mm)
-    inside = tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))
     low, high = np.percentile(image[mask], [0.5, 99.5])
-    scaled = np.clip((image[inside] - low) / max(high - low, 1e-6), 0, 1) * mask[inside]
+    shades = (image - low) / max(high - low, 1e-6)
+    slices, outlines = views(shades, mask, spacing, rows, mm)
+    inside = tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))
+    scaled = np.clip(shades[inside], 0, 1) * mask[inside]
     factors = np.maximum(1, np.round(COARSE / spacing).astype(int))
     factors = np.minimum(factors, scaled.shape)
     coarse, coarse_mask = block_means(scaled, factors), block_means(mask[inside].astype(np.float32), factors) > 0.5

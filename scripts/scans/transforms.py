@@ -70,7 +70,7 @@ def foreground_of(image: np.ndarray) -> np.ndarray:
     signed = -height[height < 0].sum() > 0.2 * height[height > 0].sum()
     if signed:
         outside = height == 0
-    if not even:
+    if not even or outside.mean() <= 0.3:
         return fill_cavities(image > otsu_threshold(image))
     if signed or outside.all():
         return ~outside
