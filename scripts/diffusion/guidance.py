@@ -1,12 +1,14 @@
-"""One pass of a network in sampling: its classes and their guidance, its precision, and the memory that it needs."""
+"""One pass of a network in sampling: its conditions and their guidance, its precision, and the memory that it needs."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from scripts.diffusion.networks import unet_of
 from scripts.running.checks import as_bool, check_knobs
 from scripts.running.errors import BundleError
 from scripts.running.out_of_memory import numbers, out_of_memory
@@ -15,9 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class GuidedNetwork(nn.Module):
-    """`predict(x, timesteps, class_labels) -> prediction` of a network, with the state dict of that network alone.
+    """`predict(x, timesteps, conditions) -> prediction` of a network, with the state dict of that network alone.
 
-    A network with `num_class_embeds` n knows the classes 0 .. n - 2, and n - 1 is "no class". Its output is guided
+    A condition is what `scripts.running.covariates` says: (B,) int64 of a network with one word, such as its class,
+    else (B, covariates) float32; it may be unknown, in whole or in part. The output is guided
     (Ho & Salimans 2022, Eq. 6, whose w is guidance_scale - 1):
 
         guided = unconditional + guidance_scale * (conditional - unconditional).
@@ -26,23 +29,24 @@ class GuidedNetwork(nn.Module):
     weights of the outputs, 1 - scale and scale, add up to 1: guiding any of them is the same.
 
     Args:
-        unet: a network (x, timesteps) -> prediction, such as MONAI's `DiffusionModelUNet`; with classes,
-            (x, timesteps, class_labels=...) -> prediction.
-        class_label: index of the class of volumes that are given none; None for no class.
+        unet: a network (x, timesteps) -> prediction, such as MONAI's `DiffusionModelUNet`; with covariates,
+            (x, timesteps, class_labels=...) -> prediction. Its `unknown` is the condition that says nothing; with
+            `num_class_embeds` n alone it is n - 1.
+        condition: of volumes that are given none; None for unknown.
         guidance_scale: 1 takes the conditional output as it is, with one pass of the network a step; others take two.
         amp_dtype: autocast the network to this type; None for float32. Not used when scripted.
         halve_batch_on_oom: where a GPU's memory does not suffice for a pass of the network, take half as many volumes
             at a time from there on, down to one; the volumes are the same. Not used when scripted.
 
     Raises:
-        BundleError: a class that the network lacks, guidance of a network without classes; when called, a pass that the
-            GPU's memory does not suffice for.
+        BundleError: a condition that the network cannot have, guidance of a network without covariates; when called, a
+            pass that the GPU's memory does not suffice for.
     """
 
     def __init__(
         self,
         unet: nn.Module,
-        class_label: int | None = None,
+        condition: int | Sequence[float] | None = None,
         guidance_scale: float = 1.0,
         amp_dtype: torch.dtype | None = None,
         halve_batch_on_oom: bool | str = True,
@@ -53,40 +57,41 @@ class GuidedNetwork(nn.Module):
         self.halve_batch_on_oom = as_bool(halve_batch_on_oom=halve_batch_on_oom)
         self.most: int = 0  # volumes of a pass that the memory suffices for; 0 where nothing speaks against any number
         self.num_class_embeds = getattr(unet, "num_class_embeds", None)
-        self.no_class = (self.num_class_embeds or 1) - 1
-        self.class_label = self.no_class if class_label is None else class_label
+        unknown = getattr(unet_of(unet), "unknown", (self.num_class_embeds or 1) - 1)
+        self.register_buffer("unknown", torch.tensor(unknown), persistent=False)
+        given = self.unknown if condition is None else torch.tensor(condition, dtype=self.unknown.dtype)
+        self.register_buffer("condition", given, persistent=False)
         self.guidance_scale = float(guidance_scale)
-        if not 0 <= self.class_label <= self.no_class:
+        right = given.shape == self.unknown.shape and (given.ndim or 0 <= int(given) <= int(self.unknown))
+        if not right:
+            kind = f"an index from 0 to {unknown}" if not self.unknown.ndim else f"{len(unknown)} numbers"
+            raise BundleError(f"condition: {condition!r} was given; the network takes {kind}")
+        if self.guidance_scale != 1 and self.num_class_embeds is None:
             raise BundleError(
-                f"class_label: {class_label!r} was given, but the network knows {self.no_class} classes; expected an "
-                f"index from 0 to {self.no_class}, the last for no class"
-            )
-        if self.guidance_scale != 1 and not self.no_class:
-            raise BundleError(
-                f"guidance_scale: {guidance_scale!r} was given, but the network knows no classes; expected 1"
+                f"guidance_scale: {guidance_scale!r} was given, but the network knows no covariates; expected 1"
             )
 
-    def labels(self, noise: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """The class of each volume of a batch, (B,) int64: those given, or `class_label`."""
-        if class_labels is None:
-            return torch.full((noise.shape[0],), self.class_label, dtype=torch.int64, device=noise.device)
-        return class_labels
+    def conditions_of(self, noise: torch.Tensor, conditions: torch.Tensor | None) -> torch.Tensor:
+        """The condition of each volume of a batch, (B,) or (B, covariates): those given, or `condition`."""
+        if conditions is None:
+            return self.condition.to(noise.device).unsqueeze(0).repeat_interleave(noise.shape[0], 0)
+        return conditions
 
-    def predict(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """The guided float32 output of the network for x_t (B, C, *spatial) at timesteps (B,) and class labels (B,)."""
-        conditional = self.output(x, timesteps, class_labels)
+    def predict(self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        """The guided float32 output of the network for x_t (B, C, *spatial), timesteps (B,), conditions (B, ...)."""
+        conditional = self.output(x, timesteps, conditions)
         if self.guidance_scale == 1.0:
             return conditional
-        unconditional = self.output(x, timesteps, torch.full_like(class_labels, self.no_class))
+        unconditional = self.output(x, timesteps, self.unknown.to(x.device).expand_as(conditions))
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def output(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def output(self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """One pass of the network, float32."""
         if torch.jit.is_scripting():
-            return self.call(x, timesteps, class_labels)
+            return self.call(x, timesteps, conditions)
         else:
             with torch.autocast(x.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                return self.output_in_parts(x, timesteps, class_labels)
+                return self.output_in_parts(x, timesteps, conditions)
 
     @torch.jit.unused
     def volumes_at_once(self, x: torch.Tensor) -> int:
@@ -121,12 +126,12 @@ class GuidedNetwork(nn.Module):
         knobs = {"batch_size": size, "spatial_shape": list(x.shape[2:]), "amp": self.amp_dtype or torch.float32}
         return out_of_memory(error, "in sampling", [*advice, "a smaller spatial_shape", "fewer channels"], **knobs)
 
-    def call(self, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def call(self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """The network as it is. TorchScript compiles one branch only, for it sees whether the number is None."""
         if self.num_class_embeds is None:
             return self.unet(x, timesteps)
         else:
-            return self.unet(x, timesteps, class_labels=class_labels)
+            return self.unet(x, timesteps, class_labels=conditions)
 
     def state_dict(self, *args, **kwargs):
         """The network's own state dict: no prefix, no tables."""

@@ -1,4 +1,4 @@
-"""Noise, timesteps and class labels of a training or validation batch, as functions of seed and draw."""
+"""Noise, timesteps and conditions of a training or validation batch, as functions of seed and draw."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from monai.utils import unsqueeze_right
 
 from scripts.diffusion.process import levels_at, target, timestep_at, training_timesteps
 from scripts.running.checks import check_knobs
+from scripts.running.covariates import Covariate, unknown_of
 
 
 class SeededPrepareBatch(DiffusionPrepareBatch):
@@ -36,9 +37,9 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         sigma_max: of "balanced"; None for the noisiest timestep with any signal.
         num_strata: n > 0 draws the timestep of draw d uniformly from the (d mod n)-th of n equal parts of [0, T), so
             that validation covers all of them; `timestep_sampling` does not count then.
-        class_names: None for a network without classes; else each item has a "class_label".
-        class_dropout: probability that a draw loses its label: it becomes "no class", len(class_names), so that the
-            network learns both (Ho & Salimans 2022, Algorithm 1).
+        covariates: what the network is told of each item, its "condition", see `scripts.running.covariates`.
+        class_dropout: probability that a draw loses its condition, which becomes "unknown", so that the network learns
+            both (Ho & Salimans 2022, Algorithm 1). Of several covariates each may also be lost alone, as probably.
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         timestep_sampling: str = "uniform",
         sigma_max: float | None = None,
         num_strata: int = 0,
-        class_names: Sequence[str] | None = None,
+        covariates: Sequence[Covariate] = (),
         class_dropout: float = 0.0,
     ) -> None:
         super().__init__(num_train_timesteps=scheduler.num_train_timesteps)
         check_knobs(prediction_type=prediction_type, timestep_sampling=timestep_sampling)
         self.scheduler, self.prediction_type, self.seed, self.num_strata = scheduler, prediction_type, seed, num_strata
-        self.class_names, self.class_dropout = class_names, class_dropout
+        self.class_dropout, self.unknown = class_dropout, torch.tensor(unknown_of(covariates))
+        self.condition_key = "condition" if covariates else None
         self.timestep_sampling = timestep_sampling
         whole = training_timesteps(scheduler)
         self.whole_range = int(whole[0]), int(whole[-1])
@@ -106,11 +108,13 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         timestep = u * self.num_train_timesteps
         return min(int(timestep) + 1, self.num_train_timesteps) if self.scheduler.use_discrete_timesteps else timestep
 
-    def label(self, draw: int, label: int) -> int:
-        """The label of one sample, or that of "no class" where this draw drops it."""
+    def kept(self, draw: int, condition: torch.Tensor) -> torch.Tensor:
+        """The condition of one sample, or what is left of it where this draw drops it, or parts of it."""
         # the third word sets this stream apart from the noise (0) and from the random transforms (1)
-        u = np.random.SeedSequence([self.seed, draw, 2]).generate_state(1, np.uint64)[0] / 2.0**64
-        return len(self.class_names) if u < self.class_dropout else label
+        words = np.random.SeedSequence([self.seed, draw, 2]).generate_state(1 + self.unknown.numel(), np.uint64)
+        whole, *parts = words / 2.0**64 < self.class_dropout
+        dropped = torch.tensor([whole or part for part in parts]) if self.unknown.ndim else torch.tensor(whole)
+        return torch.where(dropped, self.unknown, condition)
 
     def __call__(
         self,
@@ -121,7 +125,8 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
         """{"image": (B, C, *spatial) in [-1, 1], "draw": (B,)} -> (x_0, target, (), {"noise", "timesteps"}).
 
-        With classes, "class_label": (B,) of the batch becomes "class_labels" of the last.
+        With covariates, "condition" of the batch, (B,) int64 or (B, covariates) float32, becomes "class_labels" of the
+        last, as MONAI's U-Net calls it.
         """
         images = batchdata["image"].to(device=device, non_blocking=non_blocking, **kwargs)
         drawn = [self.draw(int(d), images.shape[1:], images.device) for d in batchdata["draw"]]
@@ -131,14 +136,14 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         a, s = (unsqueeze_right(level.to(images.dtype), images.ndim) for level in (a, s))
         wanted = target(self.prediction_type, images, noise, a, s)
         extra = {"noise": noise, "timesteps": timesteps}
-        if self.class_names:
-            labels = [self.label(int(d), int(label)) for d, label in zip(batchdata["draw"], batchdata["class_label"])]
-            extra["class_labels"] = torch.tensor(labels).to(images.device, non_blocking=non_blocking)
+        if self.condition_key:
+            conditions = [self.kept(int(d), c) for d, c in zip(batchdata["draw"], batchdata[self.condition_key])]
+            extra["class_labels"] = torch.stack(conditions).to(images.device, non_blocking=non_blocking)
         return images, wanted, (), extra
 
 
 class AutocastDiffusionInferer(DiffusionInferer):
-    """MONAI's `DiffusionInferer` under autocast (MONAI's engines autocast on CUDA only), and with class labels.
+    """MONAI's `DiffusionInferer` under autocast (MONAI's engines autocast on CUDA only), and with conditions.
 
     Args:
         scheduler: the diffusion scheduler, which adds the noise.
@@ -157,7 +162,7 @@ class AutocastDiffusionInferer(DiffusionInferer):
         class_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """x_0 (B, C, *spatial), class labels (B,) if any -> the network's prediction for its noisy version, float32."""
+        """x_0 (B, C, *spatial), conditions (B, ...) if any -> the prediction for its noisy version, float32."""
         if class_labels is not None:  # MONAI's own call has no way for them
             diffusion_model = partial(diffusion_model, class_labels=class_labels)
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):

@@ -6,6 +6,7 @@ once in float64 from the levels that are really visited; after the last timestep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 
@@ -16,7 +17,9 @@ from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_dst_type, optional_import
 from torch import nn
 
+from scripts.diffusion.asked import conditions_of_text
 from scripts.diffusion.guidance import GuidedNetwork
+from scripts.diffusion.networks import unet_of
 from scripts.diffusion.process import levels_at, sample_coefficients, training_timesteps
 from scripts.diffusion.scripting import with_traced_network
 from scripts.diffusion.solvers import SOLVERS, visited
@@ -47,13 +50,13 @@ def volume_seed(noise: torch.Tensor) -> int:
 
 
 class DiffusionSampler(GuidedNetwork):
-    """The whole reverse diffusion as a module, `forward(noise, class_labels=None) -> volume`.
+    """The whole reverse diffusion as a module, `forward(noise, conditions=None) -> volume`.
 
     Its state dict is that of the network alone, so that a plain checkpoint of the network loads into it, and it can be
     scripted (`torch.jit.script`): the network is traced, the loop is compiled, and no device is fixed.
 
     Args:
-        unet, amp_dtype, class_label, guidance_scale, halve_batch_on_oom: see `GuidedNetwork`.
+        unet, amp_dtype, condition, guidance_scale, halve_batch_on_oom: see `GuidedNetwork`.
         scheduler: the MONAI scheduler of the training; only its noise levels are used.
         num_inference_steps: number of network evaluations, 1 .. num_train_timesteps.
         solver: one of `scripts.diffusion.solvers.SOLVERS`.
@@ -82,11 +85,11 @@ class DiffusionSampler(GuidedNetwork):
         clip_sample: bool | str = True,
         amp_dtype: torch.dtype | None = None,
         progress: bool = False,
-        class_label: int | None = None,
+        condition: int | Sequence[float] | None = None,
         guidance_scale: float = 1.0,
         halve_batch_on_oom: bool | str = True,
     ) -> None:
-        super().__init__(unet, class_label, guidance_scale, amp_dtype, halve_batch_on_oom)
+        super().__init__(unet, condition, guidance_scale, amp_dtype, halve_batch_on_oom)
         check_solver(solver, num_inference_steps, scheduler.num_train_timesteps, eta)
         check_knobs(prediction_type=prediction_type)
         self.with_steps = partial(
@@ -100,7 +103,7 @@ class DiffusionSampler(GuidedNetwork):
             clip_sample=clip_sample,
             amp_dtype=amp_dtype,
             progress=progress,
-            class_label=class_label,
+            condition=condition,
             guidance_scale=guidance_scale,
             halve_batch_on_oom=halve_batch_on_oom,
         )
@@ -121,7 +124,7 @@ class DiffusionSampler(GuidedNetwork):
         self.register_buffer("table", table.float(), persistent=False)
 
     def forward(
-        self, noise: torch.Tensor, class_labels: torch.Tensor | None = None, num_inference_steps: int | None = None
+        self, noise: torch.Tensor, conditions: torch.Tensor | None = None, num_inference_steps: int | None = None
     ) -> torch.Tensor:
         """Standard normal noise (B, C, *spatial) -> volumes of the same shape, in [-1, 1] where `clip_sample`.
 
@@ -130,7 +133,8 @@ class DiffusionSampler(GuidedNetwork):
 
         Args:
             noise: where every volume begins.
-            class_labels: (B,) indices of classes; None for `class_label`. A network without classes does not need them.
+            conditions: (B,) int64 or (B, covariates) float32, see `GuidedNetwork`; None for `condition`. When not
+                scripted also a text, such as "{'age': 70}".
             num_inference_steps: of this call, where a client asks for another number than the sampler was made for.
                 Not used when scripted: an archive has the steps that it was made with.
         """
@@ -139,17 +143,19 @@ class DiffusionSampler(GuidedNetwork):
             if torch.jit.is_scripting():
                 steps = range(self.timesteps.shape[0])
             else:
+                if isinstance(conditions, str):
+                    conditions = conditions_of_text(conditions, getattr(unet_of(self), "covariates", ()), x)
                 if num_inference_steps not in (None, len(self.timesteps)):
                     sampler = self.with_steps(self.unet, num_inference_steps=num_inference_steps)
-                    return sampler.to(x.device)(x, class_labels)
+                    return sampler.to(x.device)(x, conditions)
                 x = x.as_subclass(torch.Tensor)  # a MetaTensor would copy its metadata at every operation
                 steps = range(len(self.timesteps))
                 if self.progress and has_tqdm:
                     steps = tqdm(steps, "denoising", leave=False)
-            labels, generators = self.labels(x, class_labels), self.generators(x)
+            told, generators = self.conditions_of(x, conditions), self.generators(x)
             x0 = torch.zeros_like(x)
             for i in steps:
-                x, x0 = self.step(i, x, x0, labels, generators)
+                x, x0 = self.step(i, x, x0, told, generators)
             if not torch.jit.is_scripting():
                 if isinstance(noise, MetaTensor):
                     x = convert_to_dst_type(x, noise)[0]
@@ -170,12 +176,12 @@ class DiffusionSampler(GuidedNetwork):
         i: int,
         x: torch.Tensor,
         previous_x0: torch.Tensor,
-        class_labels: torch.Tensor,
+        conditions: torch.Tensor,
         generators: list[torch.Generator],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
         c = self.table[i]
-        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]), class_labels)
+        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]), conditions)
         if self.clip_sample:
             x0 = x0.clamp(-1.0, 1.0)
         x = c[2] * x + c[3] * x0 + c[4] * previous_x0
@@ -191,10 +197,10 @@ class DiffusionSampler(GuidedNetwork):
     def trajectory(self, noise: torch.Tensor, every: int = 1) -> list[torch.Tensor]:
         """The volumes on the way: `noise`, x after every `every` steps, and the final volume, each (B, C, *spatial)."""
         x, x0 = noise, torch.zeros_like(noise)
-        labels, generators = self.labels(noise, None), self.generators(noise)
+        told, generators = self.conditions_of(noise, None), self.generators(noise)
         volumes = [x]
         for i in range(len(self.timesteps)):
-            x, x0 = self.step(i, x, x0, labels, generators)
+            x, x0 = self.step(i, x, x0, told, generators)
             if (i + 1) % every == 0 or i + 1 == len(self.timesteps):
                 volumes.append(x)
         return volumes

@@ -15,9 +15,9 @@ from scripts.diffusion.networks import unet_of
 def with_traced_network(sampler: nn.Module) -> nn.Module:
     """A copy of a sampler with the network `unet` replaced by its trace, for `torch.jit.script`.
 
-    A `DiffusionModelUNet` cannot be scripted, but its trace with (x, timesteps), and class labels where it has classes,
-    is exact for all sizes, batches, timesteps and classes. The timestep embedding is scripted first, since a trace of
-    it would fix the device.
+    A `DiffusionModelUNet` cannot be scripted, but its trace with (x, timesteps), and conditions where it has
+    covariates, is exact for all sizes, batches, timesteps and conditions. The timestep embedding is scripted first,
+    since a trace of it would fix the device.
     """
     scriptable = copy.copy(sampler)
     scriptable._modules = dict(sampler._modules)
@@ -29,7 +29,7 @@ def with_traced_network(sampler: nn.Module) -> nn.Module:
     embedding = torch.jit.script(diffusion_model_unet.get_timestep_embedding)
     inputs = {"x": example, "timesteps": torch.tensor([3.0, 1.0], device=example.device)}
     if sampler.num_class_embeds is not None:
-        inputs["class_labels"] = torch.tensor([0, sampler.no_class], device=example.device)
+        inputs["class_labels"] = torch.stack([torch.zeros_like(sampler.unknown), sampler.unknown]).to(example.device)
     with mock.patch.object(diffusion_model_unet, "get_timestep_embedding", embedding), torch.no_grad():
         unet = torch.jit.trace(sampler.unet.eval(), example_kwarg_inputs=inputs)
     scriptable._modules["unet"] = unet

@@ -12,20 +12,20 @@ from scripts.evaluation.cohorts import HELD_OUT, Cohort, Cohorts
 from scripts.evaluation.evaluator import Measure, slug
 from scripts.evaluation.report import HEADLINES
 from scripts.running.errors import BundleError
-from scripts.scans.conditions import classes_of
+from scripts.scans.classes import classes_of
 
 
 class ByClass:
     """Measure: what other measures find within each class; a row is called as theirs, with the class at its end.
 
-    The class of a file is found as in training, see `scripts.scans.conditions.classes_of`. A held-out or synthetic
+    The class of a file is found as in training, see `scripts.scans.classes.classes_of`. A held-out or synthetic
     cohort of which no file has a class (an unconditional generator) is compared as a whole with each class.
 
     Args:
         class_names: names of folders, or of classes in the table.
         measures: measures of the evaluation, which stand before this one.
         metrics: their rows that are kept; their figures are all drawn, class by class.
-        class_table: of the real cohorts, see `scripts.scans.conditions.read_table`; synthetic files lie in folders of
+        class_table: of the real cohorts, see `scripts.scans.classes.read_table`; synthetic files lie in folders of
             classes.
     """
 

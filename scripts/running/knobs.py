@@ -154,6 +154,16 @@ KNOBS = {
     "class_names": or_none(CLASS_NAMES, "without classes"),
     "class_table": or_none(PATH, "for class folders"),
     "class_dropout": share(),
+    "covariate_table": or_none(PATH, "for participants.tsv in dataset_dir"),
+    "covariates": Knob(
+        lambda value: (
+            value is None
+            or isinstance(value, (str, dict))
+            or isinstance(value, (list, tuple))
+            and all(isinstance(entry, (str, dict)) and entry for entry in value)
+        ),
+        "in training a list of columns, such as ['age', 'sex']; in sampling what to ask for, such as {'age': 70}",
+    ),
     "class_label": Knob(
         lambda value: CLASS_LABEL.fits(value) or listed(CLASS_LABEL).fits(value),
         "a class's name or index (class_names), None for no class, or a list of these",

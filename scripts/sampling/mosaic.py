@@ -41,32 +41,33 @@ def save_denoising(
 class MosaicHandler:
     """Evaluator handler: collect the middle slices of every volume of a run and write one mosaic at its end.
 
-    Volumes of several classes stand in a row a class. Expects `engine.state.output` as a list of {"pred": (1, *spatial)
-    in [0, 255]} and `engine.state.batch` as a list of {"image": noise with meta "volume", "class_label": index}.
+    Volumes of several classes stand in a row a class, those of a sweep in a row a noise. Expects `engine.state.output`
+    as a list of {"pred": (1, *spatial) in [0, 255]} and `engine.state.batch` as a list of {"image": noise with meta
+    "volume", "index": place among the volumes of the run, "row": number}.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.strips: dict[int, tuple[np.ndarray, int]] = {}  # by volume, with its class
+        self.strips: dict[int, tuple[np.ndarray, int]] = {}  # by place, with its row
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
-    def add(self, volume: int, voxels: np.ndarray, class_label: int) -> None:
+    def add(self, index: int, voxels: np.ndarray, row: int) -> None:
         """One volume (*spatial); one that was there before the run, too."""
-        self.strips[volume] = triplanar(voxels), class_label
+        self.strips[index] = triplanar(voxels), row
 
     def __call__(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output):
             voxels = torch.as_tensor(output["pred"])[0].cpu().numpy()
-            self.add(int(item["image"].meta["volume"]), voxels, int(item["class_label"]))
+            self.add(int(item["index"]), voxels, int(item["row"]))
 
     def write(self, engine: Engine) -> None:
         """Of several processes rank 0 writes the strips of all."""
-        everything = {volume: strip for part in gathered(self.strips) for volume, strip in part.items()}
+        everything = {index: strip for part in gathered(self.strips) for index, strip in part.items()}
         self.strips = {}
         if everything and idist.get_rank() == 0:
-            strips, labels = zip(*(everything[volume] for volume in sorted(everything)))
+            strips, labels = zip(*(everything[index] for index in sorted(everything)))
             save_png(mosaic(list(strips), labels=labels), self.path, 0, 255)
             logger.info(f"{len(strips)} volumes as one picture: {self.path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
@@ -20,7 +22,7 @@ from scripts.sampling.mosaic import MosaicHandler
 from scripts.sampling.volumes import TORN, SaveVolumes, made_with, read_sample
 
 logger = logging.getLogger(__name__)
-RECORD = "samples.json"
+RECORD, TABLE = "samples.json", "samples.csv"
 
 
 def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: bool = False) -> None:
@@ -34,7 +36,8 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
     Of several processes, each looks after the volumes that the sampler of its data loader names.
 
     Args:
-        evaluator: over a MONAI `DataLoader` of a `Dataset` of [{"image": number of a volume, "class_label": index}].
+        evaluator: over a MONAI `DataLoader` of a `Dataset` of [{"image": number of a volume, ...}], see
+            `scripts.diffusion.asked.requests`.
         handlers: those attached to it; without a `SaveVolumes` no files are looked at.
         seed: of the volumes.
         resume: keep the volumes that are there, were made with the same settings by the same weights, and are whole.
@@ -50,13 +53,14 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
         return
     if resume and seed < 0:
         raise BundleError(f"resume: true was given with seed {seed}, which is a new one each time; expected a seed")
-    folders = [saver.output_dir, *(os.path.join(saver.output_dir, name) for name in saver.class_names)]
+    data = evaluator.data_loader.dataset.data
+    folders = sorted({os.path.join(saver.output_dir, item["folder"]) for item in data} | {saver.output_dir})
     if idist.get_rank() == 0:
         remove_partial(**{folder: folder for folder in folders})
     idist.barrier()
-    batches, data = evaluator.data_loader.batch_sampler, evaluator.data_loader.dataset.data
+    batches = evaluator.data_loader.batch_sampler
     own, dims = list(batches.sampler), len(saver.settings.get("spatial_shape", "xyz"))
-    places = [saver.path(seed, item["image"], item["class_label"], dims) for item in data]
+    places = [saver.path(seed, item["image"], item, dims) for item in data]
     paths = [places[index] for index in own]
     marks = {path: made_with(path) for path in paths if os.path.exists(path)}
     others = {path: mark for path, mark in marks.items() if mark not in (saver.mark, None)}
@@ -74,6 +78,8 @@ def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: boo
     if idist.get_rank() == 0:
         warn_of_others(saver, folders, places)
         record(saver)
+        if any(item["values"] for item in data):
+            write_requests(saver.output_dir, data, places, seed)
 
     def advice() -> str:
         made = sum(made_with(path) == saver.mark for path in paths if os.path.exists(path))
@@ -100,7 +106,7 @@ def kept(item: Mapping[str, Any], path: str, mosaic: MosaicHandler | None) -> bo
         logger.warning(f"{path!r} is damaged ({e}); it is made again")
         return False
     if mosaic is not None:
-        mosaic.add(item["image"], voxels, item["class_label"])
+        mosaic.add(item["index"], voxels, item["row"])
     return True
 
 
@@ -120,6 +126,30 @@ def record(saver: SaveVolumes) -> None:
         text = json.dumps({**found, saver.mark: saver.made_with}, indent=4) + "\n"
         path = os.path.join(saver.output_dir, RECORD)
         write_text(path, text)
+
+
+def write_requests(output_dir: str, data: Sequence[Mapping[str, Any]], places: Sequence[str], seed: int) -> None:
+    """samples.csv: a row a volume, its file, seed and volume, and what it was asked to be; n/a where nothing was said.
+
+    Rows of other files that are still there are kept.
+    """
+    path, rows = os.path.join(output_dir, TABLE), {}
+    if os.path.isfile(path):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = {
+                row["file"]: row
+                for row in csv.DictReader(file)
+                if os.path.exists(os.path.join(output_dir, row["file"]))
+            }
+    for item, place in zip(data, places, strict=True):
+        name = os.path.relpath(place, output_dir)
+        rows[name] = {"file": name, "seed": seed, "volume": item["image"], **item["values"]}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="n/a", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[name] for name in sorted(rows))
+    write_text(path, text.getvalue())
 
 
 def differences(others: Mapping[str, str], saver: SaveVolumes) -> str:

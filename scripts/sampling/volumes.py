@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,13 @@ def weights_digest(network: nn.Module) -> str:
 class SaveVolumes:
     """Evaluator handler: write each volume of a batch as `output_dir`/sample_seed7_volume003.nii.gz, an image as .png.
 
-    A volume of a class lies in a folder of its name, `output_dir`/glioma/, as training finds its images; one of no
-    class lies in `output_dir` itself. Expects `engine.state.output` as a list of {"pred": (1, *spatial) in [0, 255]}
+    A volume of a class lies in a folder of its name, `output_dir`/glioma/, as training finds its images; any other one
+    in `output_dir` itself. Expects `engine.state.output` as a list of {"pred": (1, *spatial) in [0, 255]}
     and `engine.state.batch` as a list of {"image": MetaTensor of the noise, with `affine` and meta "seed" and "volume",
-    "class_label": index in `class_names`, or their number for no class}.
+    and what `scripts.diffusion.asked.requests` says of it}.
 
     Args:
         output_dir: folder of the volumes.
-        class_names: of the network, or None.
         network: that makes them, with its weights, or None.
         settings: everything else that the voxels depend on besides seed, volume and class, as JSON.
 
@@ -105,13 +104,9 @@ class SaveVolumes:
     """
 
     def __init__(
-        self,
-        output_dir: str,
-        class_names: Sequence[str] | None = None,
-        network: nn.Module | None = None,
-        settings: Mapping[str, Any] | None = None,
+        self, output_dir: str, network: nn.Module | None = None, settings: Mapping[str, Any] | None = None
     ) -> None:
-        self.output_dir, self.class_names = output_dir, class_names or []
+        self.output_dir = output_dir
         self.network, self.settings = network, settings or {}
 
     def attach(self, engine: Engine) -> None:
@@ -129,20 +124,17 @@ class SaveVolumes:
         text = json.dumps(self.made_with, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def path(self, seed: int, volume: int, class_label: int, spatial_dims: int) -> str:
+    def path(self, seed: int, volume: int, request: Mapping[str, Any], spatial_dims: int) -> str:
         """Of one volume."""
-        folder = self.output_dir
-        if class_label < len(self.class_names):
-            folder = os.path.join(folder, self.class_names[class_label])
-        ending = ".png" if spatial_dims == 2 else ".nii.gz"
-        return os.path.join(folder, f"sample_seed{seed}_volume{volume:03d}{ending}")
+        ending = request["suffix"] + (".png" if spatial_dims == 2 else ".nii.gz")
+        return os.path.join(self.output_dir, request["folder"], f"sample_seed{seed}_volume{volume:03d}{ending}")
 
     def __call__(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output):
             noise = item["image"]
-            seed, volume, label = int(noise.meta["seed"]), int(noise.meta["volume"]), int(item["class_label"])
+            seed, volume = int(noise.meta["seed"]), int(noise.meta["volume"])
             voxels = torch.as_tensor(output["pred"])[0].cpu().numpy()
-            path = self.path(seed, volume, label, voxels.ndim)
+            path = self.path(seed, volume, item, voxels.ndim)
             if bad := np.count_nonzero(~np.isfinite(voxels)):
                 raise BundleError(
                     f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; expected "
@@ -150,8 +142,7 @@ class SaveVolumes:
                 )
             os.makedirs(os.path.dirname(path), exist_ok=True)
             description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"
-            if label < len(self.class_names):
-                description += f", {self.class_names[label]}"
+            description += f", {item['said']}" if item["said"] else ""
             if voxels.ndim == 2:
                 save_grey(voxels, path, description, self.mark)
             else:

@@ -12,11 +12,13 @@ from typing import Any
 import ignite.distributed as idist
 import monai
 import numpy as np
+import torch
 from monai.data import CacheDataset, PersistentDataset
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
 from scripts.running.checks import check_knobs
+from scripts.running.covariates import one_word
 from scripts.running.errors import root_bundle_error
 from scripts.running.files import write_text
 from scripts.scans.cache import DiskCache, Named
@@ -35,11 +37,17 @@ def plain_errors() -> Iterator[None]:
         raise
 
 
+def condition_tensor(condition: int | Sequence[float]) -> torch.Tensor:
+    """An index as int64 (), a list of values as float32 (covariates)."""
+    return torch.tensor(condition, dtype=torch.int64 if isinstance(condition, int) else torch.float32)
+
+
 class VolumeDataset(Dataset):
     """Volumes with a cached deterministic part and a random part that is a function of (seed, draw).
 
     Args:
-        data: [{"image": path, ...}, ...]; "class_label": int of an item passes by the transforms and the caches.
+        data: [{"image": path, ...}, ...]; "condition" of an item, an index or a list of floats,
+            passes by the transforms and the caches.
         transform: deterministic transforms, path -> {"image": tensor (C, *spatial), "voxel_size": mm}, run once a file
             where `cache` is not "none"; float16 at their end halves the memory (1500 volumes of 128^3: 6.3 GB).
         random_transform: run at each access, seeded by `seed` and the draw; None for no augmentation.
@@ -48,8 +56,9 @@ class VolumeDataset(Dataset):
         seed: of the random transforms.
         num_workers: threads that fill the memory cache.
 
-    An item is {"image": float32 tensor (C, *spatial), "draw": int}, with its "class_label" if it has one. It is asked
-    for by (index, draw), see `DrawSampler`; a plain index is its own draw.
+    An item is {"image": float32 tensor (C, *spatial), "draw": int}, with its "condition" if it has one, and
+    "other_condition", that of another item. It is asked for by (index, draw), see `DrawSampler`; a plain index is its
+    own draw.
 
     Raises:
         BundleError: names a file that cannot be read or preprocessed.
@@ -65,8 +74,8 @@ class VolumeDataset(Dataset):
         seed: int = 0,
         num_workers: int = 1,
     ) -> None:
-        self.labels = [item.get("class_label") for item in data]
-        data = [{key: value for key, value in item.items() if key != "class_label"} for item in data]
+        self.conditions = [item.get("condition") for item in data]
+        data = [{key: value for key, value in item.items() if key != "condition"} for item in data]
         check_knobs(cache=cache)
         if cache == "memory":
             with plain_errors():
@@ -94,7 +103,9 @@ class VolumeDataset(Dataset):
             item = self.random_transform(item)
         # no MetaTensor, which random transforms make: each operation of the network would carry its history
         item = {"image": convert_to_tensor(item["image"], track_meta=False).contiguous(), "draw": draw}
-        return item if self.labels[index] is None else item | {"class_label": self.labels[index]}
+        other = (index + len(self.conditions) // 2) % len(self.conditions)
+        conditions = {"condition": self.conditions[index], "other_condition": self.conditions[other]}
+        return item | {key: condition_tensor(value) for key, value in conditions.items() if value is not None}
 
     def voxel_sizes(self) -> np.ndarray:
         """Physical size of the preprocessed voxels of up to 100 volumes (8 if nothing is cached), evenly chosen.
@@ -112,14 +123,15 @@ def summarise(
     validation: VolumeDataset,
     spatial_shape: Sequence[int],
     path: str,
-    class_names: Sequence[str] | None = None,
+    covariates: Sequence[Mapping[str, Any]] = (),
     dataset_dir: str | None = None,
     data_description: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Write what was trained on (folder, counts, files, masks, physical voxel sizes of the cubes) to a JSON file.
 
-    With classes it also counts them, and a file beside it lists those of each: dataset.json has dataset_glioma.json.
-    `data_description`, the knobs that say which data they are, is for `scripts.scans.split.split_as_before`.
+    With classes, or one other word, it also counts them, and a file beside it lists those of each: dataset.json has
+    dataset_glioma.json. `data_description`, the knobs that say which data they are, is for
+    `scripts.scans.split.split_as_before`.
 
     Returns:
         the median voxel size in mm, a list of spatial dims numbers; without volumes 1 mm, and no file.
@@ -140,9 +152,9 @@ def summarise(
     if masks := {item["image"]: item["mask"] for item in items if "mask" in item}:
         summary["masks"] = masks
     written = {path: summary}
-    for label, name in enumerate(class_names or ()):
+    for label, name in enumerate(covariates[0]["words"] if one_word(covariates) else ()):
         of_class = {
-            side: [file for file, of in zip(summary[side], data.labels, strict=True) if of == label]
+            side: [file for file, of in zip(summary[side], data.conditions, strict=True) if of == label]
             for side, data in (("training", training), ("validation", validation))
         }
         summary.setdefault("classes", {})[name] = {side: len(files) for side, files in of_class.items()}

@@ -223,7 +223,8 @@ def require(dataset_dir: str, training: Sequence, class_names: Sequence[str] | N
     Nothing held out is no error: `split_by_subject` holds out a subject at least, MONAI Label does so only on request.
     """
     if training:
-        labels = {item.get("class_label") for item in training}
+        conditions = [item.get("condition") for item in training]
+        labels = {c[0] if isinstance(c, list) else c for c in conditions}  # the class is the first covariate
         without = [name for label, name in enumerate(class_names or ()) if label not in labels]
         if without:
             raise BundleError(

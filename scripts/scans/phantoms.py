@@ -21,7 +21,7 @@ import os
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nibabel as nib
 import numpy as np
@@ -71,7 +71,36 @@ class Ellipsoid:
     rotation: np.ndarray
 
 
-def shepp_logan_phantom(spatial_shape: Sequence[int], seed: int | Sequence[int]) -> np.ndarray:
+@dataclass(frozen=True)
+class Person:
+    """Whom a phantom is of, which drives its anatomy.
+
+    Attributes:
+        age: 20 to 80 years; the ventricles are 0.7 to 1.3 times as long, wide and high as in the table.
+        sex: "m", whose head is as large as in the table, or "f", whose head is 0.85 times as large.
+    """
+
+    age: float
+    sex: str
+
+    @property
+    def ventricle_scale(self) -> float:
+        return 0.7 + 0.6 * (self.age - 20) / 60
+
+    @property
+    def head_scale(self) -> float:
+        return 1.0 if self.sex == "m" else 0.85
+
+
+def draw_person(seed: int, subject: int) -> Person:
+    """Age and sex of a subject, each as often as any other."""
+    rng = _generator((seed, subject, 1))
+    return Person(round(float(rng.uniform(20, 80)), 1), "fm"[int(rng.integers(2))])
+
+
+def shepp_logan_phantom(
+    spatial_shape: Sequence[int], seed: int | Sequence[int], person: Person | None = None
+) -> np.ndarray:
     """Draw one random 3D Shepp-Logan head and sample it on a grid of isotropic voxels.
 
     The head depends on the seed alone, so the same seed on a finer grid is the same head; the noise is drawn voxel by
@@ -80,6 +109,7 @@ def shepp_logan_phantom(spatial_shape: Sequence[int], seed: int | Sequence[int])
     Args:
         spatial_shape: (X, Y, Z), the number of voxels along each axis, 16 or more. The head fits the shortest of them.
         seed: integer(s) >= 0; the same seed gives the same voxels.
+        person: whom it is of; None for nobody in particular.
 
     Returns:
         float32 array of shape (X, Y, Z), grey values in [0, 1], exactly 0 outside the head.
@@ -89,7 +119,7 @@ def shepp_logan_phantom(spatial_shape: Sequence[int], seed: int | Sequence[int])
     """
     shape = _checked_shape(spatial_shape)
     rng = _generator(seed)
-    skull, brain, *interior = draw_head(rng)
+    skull, brain, *interior = draw_head(rng, person)
     bias_weights = rng.uniform(-1.0, 1.0, size=9)
     bias_depth = rng.uniform(0.1, 0.2)
     noise_std = rng.uniform(0.008, 0.016)
@@ -110,6 +140,7 @@ def phantom_cohort(
     spatial_shape: Sequence[int] = (48, 48, 48),
     voxel_size: float = 4.0,
     seed: int = 0,
+    people: bool = False,
 ) -> str:
     """Make sure that a folder holds data to train on: phantoms, unless the user's own volumes are already there.
 
@@ -124,6 +155,7 @@ def phantom_cohort(
         spatial_shape: (X, Y, Z), voxels along each axis, 16 or more.
         voxel_size: edge of the cubic voxels in mm, > 0.
         seed: integer >= 0; subject `i` of the seed is the same head whatever `num_subjects` is.
+        people: each phantom is of a person, whose age and sex a BIDS participants.tsv beside the volumes says.
 
     Returns:
         `dataset_dir` as a str, so that a config can use the call itself as the name of the folder.
@@ -138,12 +170,18 @@ def phantom_cohort(
     shape = _checked_shape(spatial_shape)
     names = [f"phantom_{subject:03d}.nii.gz" for subject in range(num_subjects)]
     missing = [subject for subject, name in enumerate(names) if not os.path.exists(os.path.join(folder, name))]
+    persons = [draw_person(seed, subject) if people else None for subject in range(num_subjects)]
     if not missing:
         return folder
     try:
         os.makedirs(folder, exist_ok=True)
+        if people:
+            rows = [f"phantom_{i:03d}\t{person.age}\t{person.sex}\n" for i, person in enumerate(persons)]
+            _write_atomically(
+                os.path.join(folder, "participants.tsv"), "".join(["participant_id\tage\tsex\n", *rows]).encode()
+            )
         for subject in tqdm(missing, desc="phantoms", unit="volume"):
-            image = _nifti(shepp_logan_phantom(shape, (seed, subject)), voxel_size)
+            image = _nifti(shepp_logan_phantom(shape, (seed, subject), persons[subject]), voxel_size)
             image.header["descrip"] = f"Shepp-Logan phantom, seed {seed}, subject {subject}"
             _write_atomically(os.path.join(folder, names[subject]), gzip.compress(image.to_bytes(), 6, mtime=0))
     except OSError as error:
@@ -154,7 +192,7 @@ def phantom_cohort(
     return folder
 
 
-def draw_head(rng: np.random.Generator) -> list[Ellipsoid]:
+def draw_head(rng: np.random.Generator, person: Person | None = None) -> list[Ellipsoid]:
     """Draw the ellipsoids of one head: the Shepp-Logan table, jittered, and one lesion.
 
     All draws are bounded, so the head never leaves the volume. Skull and small spots are drawn thicker than in the
@@ -163,11 +201,12 @@ def draw_head(rng: np.random.Generator) -> list[Ellipsoid]:
 
     Args:
         rng: source of all the draws.
+        person: scales the head and the ventricles; no draw depends on it.
 
     Returns:
         skull, brain, the eight interior ellipsoids of the table in its order, lesion: 11 in all.
     """
-    stretch = rng.uniform(0.93, 1.0, size=3)
+    stretch = rng.uniform(0.93, 1.0, size=3) * (person.head_scale if person else 1.0)
     shift = rng.uniform(-0.02, 0.02, size=3)
     tilt = _rotation(rng.uniform(-5.0, 5.0, size=3))
     skull_semi_axes, skull_centre = np.array(SKULL[1:4]), np.array(SKULL[4:7])
@@ -179,6 +218,8 @@ def draw_head(rng: np.random.Generator) -> list[Ellipsoid]:
         *(_jittered(row, rng) for row in INTERIOR),
         _lesion(rng),
     ]
+    if person:
+        upright[2:4] = [replace(p, semi_axes=person.ventricle_scale * p.semi_axes) for p in upright[2:4]]
     return [
         Ellipsoid(
             part.amplitude, stretch * part.semi_axes, shift + tilt @ (stretch * part.centre), tilt @ part.rotation

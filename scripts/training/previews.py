@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.utils import optional_import
 
+from scripts.running.covariates import Covariate, one_word, unknown_of
 from scripts.running.pictures import mosaic, save_png, triplanar, write_figure
 from scripts.running.processes import shared_out
 from scripts.training.curves import draw_losses
@@ -28,7 +30,7 @@ class PreviewHandler(IntervalHandler):
     (Figures 10 to 12 of MRIDiff). A column is kept beside the previews, so that a resumed run has them all.
 
     Args:
-        sampler: module, noise (B, C, *spatial), and class labels (B,) where there are `class_names`, -> volumes in
+        sampler: module, noise (B, C, *spatial), and conditions (B, ...) where there are covariates, -> volumes in
             [-1, 1]; its network should be the EMA one.
         spatial_shape: of the volumes.
         interval: in iterations.
@@ -36,7 +38,9 @@ class PreviewHandler(IntervalHandler):
             epochs.png; TensorBoard gets the previews, too.
         num_samples: volumes a preview; sampled one by one, always from the same noise.
         seed: of that noise.
-        class_names: the volumes take these classes in turn, a row each; None where the network has no classes.
+        covariates: of the network, see `scripts.running.covariates`. The volumes take the words of one word in turn, a
+            row each, or else the conditions of `subjects`.
+        subjects: items of a dataset with a "condition"; without any, nothing is known of the volumes.
         epochs: whole numbers; 0 is before the first iteration, 120 after the last one of the 120th epoch.
     """
 
@@ -48,7 +52,8 @@ class PreviewHandler(IntervalHandler):
         records: TrainingRecords,
         num_samples: int = 4,
         seed: int = 0,
-        class_names: Sequence[str] | None = None,
+        covariates: Sequence[Covariate] = (),
+        subjects: Sequence[Mapping[str, Any]] = (),
         epochs: Sequence[int] = (),
     ) -> None:
         super().__init__(interval)
@@ -56,7 +61,15 @@ class PreviewHandler(IntervalHandler):
         self.folder = records.path("previews")
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(num_samples, 1, 1, *spatial_shape, generator=generator)
-        self.labels = [i % len(class_names) for i in range(num_samples)] if class_names else None
+        self.conditions: list[torch.Tensor] | None = None
+        self.rows: list[int] | None = None
+        if one_word(covariates):
+            self.rows = [i % len(covariates[0]["words"]) for i in range(num_samples)]
+            self.conditions = [torch.tensor(row) for row in self.rows]
+        elif covariates:
+            every = [item["condition"] for item in subjects] or [unknown_of(covariates)]
+            chosen = np.linspace(0, len(every) - 1, num_samples).round().astype(int)
+            self.conditions = [torch.tensor(every[i], dtype=torch.float32) for i in chosen]
 
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
@@ -67,7 +80,7 @@ class PreviewHandler(IntervalHandler):
 
     def strips(self, engine: Engine) -> list[np.ndarray]:
         """The samples of the network as it is now, each as `triplanar` gives it; the processes share them out."""
-        inputs = [self.noise] if self.labels is None else [self.noise, torch.tensor(self.labels)[:, None]]
+        inputs = [self.noise] if self.conditions is None else [self.noise, torch.stack(self.conditions)[:, None]]
 
         def strip(each: tuple[torch.Tensor, ...]) -> np.ndarray:
             return triplanar(self.sampler(*(x.to(engine.state.device) for x in each))[0, 0].cpu().numpy())
@@ -75,7 +88,7 @@ class PreviewHandler(IntervalHandler):
         return shared_out(strip, list(zip(*inputs)))
 
     def __call__(self, engine: Engine) -> None:
-        picture = mosaic(self.strips(engine), labels=self.labels)
+        picture = mosaic(self.strips(engine), labels=self.rows)
         if idist.get_rank() > 0:
             return
         os.makedirs(self.folder, exist_ok=True)

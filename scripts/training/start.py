@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from scripts.diffusion.description import DESCRIBING, check_described, described
+from scripts.diffusion.embedding import with_new_covariates
 from scripts.diffusion.networks import unet_of
 from scripts.diffusion.state_dicts import check_finite, check_fits, read_state_dict
 from scripts.diffusion.wavelets import bands_of, grown
 from scripts.diffusion.weights import load_weights
+from scripts.running.covariates import Covariate, known_covariates
 from scripts.running.errors import BundleError
 from scripts.training.checkpoints import check_space
 from scripts.training.resume import check_resume
@@ -29,6 +31,7 @@ def prepare_weights(
     checkpoints_kept: int,
     init_ckpt: str | None = None,
     resumed_ckpt: str | None = None,
+    covariates: Sequence[Covariate] = (),
 ) -> None:
     """Everything about weights and their places that can go wrong before any data are read.
 
@@ -38,32 +41,53 @@ def prepare_weights(
         ckpt_dir, checkpoints_kept: see `check_space`.
         init_ckpt: see `begin_with`.
         resumed_ckpt: see `check_resume`.
+        covariates: of the network, see `begin_with`.
 
     Raises:
         BundleError: see these functions.
     """
     check_space(ckpt_dir, parts["network"], checkpoints_kept)
     check_resume(resumed_ckpt, description)
-    begin_with(init_ckpt, parts["network"], parts["ema"], description)
+    begin_with(init_ckpt, parts["network"], parts["ema"], description, covariates)
 
 
 def begin_with(
-    ckpt_path: str | None, network: nn.Module, ema_network: nn.Module, expected: Mapping[str, Any] | None = None
+    ckpt_path: str | None,
+    network: nn.Module,
+    ema_network: nn.Module,
+    expected: Mapping[str, Any] | None = None,
+    covariates: Sequence[Covariate] = (),
 ) -> None:
     """Let a training begin with the weights of a file instead of random ones; None changes nothing.
 
     Fine-tuning: the file may come from a training of another `spatial_shape`, since the network is convolutional.
-    Growing: it may come from a network of fewer wavelet levels and coarser voxels, see `grow`.
+    Growing: it may come from a network of fewer wavelet levels and coarser voxels, see `grow`, or of fewer covariates
+    or words, see `with_new_covariates`: it then begins by making the same volumes.
 
     Args:
         ckpt_path, expected: see `load_weights`.
         network, ema_network: receive the weights.
+        covariates: of the network, see `scripts.running.covariates`.
     """
     if ckpt_path is None:
         return
     state_dict = read_state_dict(ckpt_path) if os.path.isfile(ckpt_path) else {}
-    if getattr(unet_of(network), "in_channels", 0) > bands_of(state_dict) > 0:
-        grow(state_dict, ckpt_path, network, expected or {})
+    before = known_covariates(described(ckpt_path))
+    more = [(c["name"], c.get("words")) for c in before] != [(c["name"], c.get("words")) for c in covariates]
+    finer = getattr(unet_of(network), "in_channels", 0) > bands_of(state_dict) > 0
+    if state_dict and (finer or more):
+        # their words and covariates may be more, as `scripts.scans.participants.Covariates` has checked
+        same = {key: value for key, value in (expected or {}).items() if key != "class_names"}
+        if more:
+            state_dict = with_new_covariates(state_dict, before, covariates, network.state_dict())
+            logger.info(f"grown from the covariates {[c['name'] for c in before]} to {[c['name'] for c in covariates]}")
+        if finer:
+            grow(state_dict, ckpt_path, network, same)
+        else:
+            check_described(described(ckpt_path), {k: v for k, v in same.items() if DESCRIBING[k].fixed}, ckpt_path)
+            check_finite(state_dict, ckpt_path)
+            check_fits(network, state_dict, ckpt_path)
+            network.load_state_dict(state_dict)
     else:
         load_weights(network, ckpt_path, expected={k: v for k, v in (expected or {}).items() if DESCRIBING[k].fixed})
     ema_network.load_state_dict(network.state_dict())

@@ -18,6 +18,7 @@ from scripts.training.records import TrainingRecords
 logger = logging.getLogger(__name__)
 
 QUARTERS = 4
+OTHER = "other_conditions"
 
 
 class TimestepLoss:
@@ -73,6 +74,8 @@ class ValidationHandler(IntervalHandler):
         interval: in iterations.
         validator: evaluator with a `TimestepLoss` handler.
         networks: {"raw": the one that is trained, "ema": its average}; the evaluator runs with each of them in turn.
+            One that is told covariates runs once more with the last, told those of other subjects
+            ("ema_other_conditions"): a network that uses them is worse then.
         records: of the run; validation.csv is written here.
     """
 
@@ -83,13 +86,20 @@ class ValidationHandler(IntervalHandler):
         self.validator, self.networks, self.records = validator, networks, records
 
     def __call__(self, engine: Engine) -> None:
-        iteration = engine.state.iteration
-        for weights, network in self.networks.items():
+        iteration, prepare = engine.state.iteration, self.validator.prepare_batch
+        passes = [(weights, weights, network) for weights, network in self.networks.items()]
+        told = getattr(prepare, "condition_key", None)
+        if told:  # before the one whose losses the evaluator is left with
+            passes.insert(-1, (f"{passes[-1][0]}_{OTHER}", *passes[-1][1:]))
+        for name, weights, network in passes:
             self.validator.network = network
+            if told:
+                prepare.condition_key = "other_condition" if name.endswith(OTHER) else told
             self.validator.run(iteration)  # what MONAI calls the epoch is the step at which trackers put the metrics
-            names = [f"validation_{weights}/loss{part}" for part in ("", *(f"_quarter_{i}" for i in (1, 2, 3, 4)))]
-            losses = {name: self.validator.state.metrics[name] for name in names}
-            self.records.validation.add(iteration, weights, *(f"{value:.6f}" for value in losses.values()))
-            for name, value in losses.items():
-                self.records.summary_writer.add_scalar(name, value, iteration)
-            logger.info(f"iteration {iteration}: held-out loss {losses[names[0]]:.5f} with {weights} weights")
+            parts = ("", *(f"_quarter_{i}" for i in (1, 2, 3, 4)))
+            losses = [self.validator.state.metrics[f"validation_{weights}/loss{part}"] for part in parts]
+            self.records.validation.add(iteration, name, *(f"{value:.6f}" for value in losses))
+            for part, value in zip(parts, losses, strict=True):
+                self.records.summary_writer.add_scalar(f"validation_{name}/loss{part}", value, iteration)
+            with_what = f"{weights} weights" + (", told of other subjects" if name != weights else "")
+            logger.info(f"iteration {iteration}: held-out loss {losses[0]:.5f} with {with_what}")

@@ -24,7 +24,7 @@ from monai.bundle import ConfigParser  # noqa: E402
 from monai.networks.nets import Classifier  # noqa: E402
 from monai.transforms import Compose, RandAffine, RandFlip  # noqa: E402
 
-from scripts.scans.conditions import with_classes  # noqa: E402
+from scripts.scans.classes import with_classes  # noqa: E402
 from scripts.scans.find import find_images  # noqa: E402
 
 AFFINE = {"rotate_range": 0.2, "translate_range": (3, 3), "scale_range": 0.1, "padding_mode": "border"}

@@ -318,7 +318,7 @@ def test_from_one_level_to_two_is_exact():
 def test_torchscript_equals_eager_at_other_sizes(outer, dims, levels, classes, tmp_path):
     scheduler = OUTER[outer]
     network = small_wavelet_network(dims, levels, scheduler, classes)
-    options = {"timestep_spacing": "trailing", "class_label": 1 if classes else None}
+    options = {"timestep_spacing": "trailing", "condition": 1 if classes else None}
     sampler = DiffusionSampler(network, scheduler, 4, "dpmpp_2m", "v_prediction", **options)
     torch.jit.script(sampler).save(str(tmp_path / "model.ts"))
     loaded = torch.jit.load(str(tmp_path / "model.ts"))

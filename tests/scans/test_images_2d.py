@@ -137,7 +137,9 @@ def test_bad_pictures_are_named_with_what_is_wrong(tmp_path):
 def test_a_sampled_image_is_an_upright_png_that_reads_back_as_it_was(tmp_path):
     pred = torch.from_numpy(as_slice(PAGE[:40], 1.0).astype(np.float32))[None]
     noise = MetaTensor(torch.zeros_like(pred), meta={"seed": 3, "volume": 5})
-    state = SimpleNamespace(batch=[{"image": noise, "class_label": 0}], output=[{"pred": pred + 0.3}])
+    state = SimpleNamespace(
+        batch=[{"image": noise, "folder": "", "suffix": "", "said": ""}], output=[{"pred": pred + 0.3}]
+    )
     SaveVolumes(str(tmp_path))(SimpleNamespace(state=state))
     path = tmp_path / "sample_seed3_volume005.png"
     with Image.open(path) as picture:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scripts.running.errors import BundleError
-from scripts.scans.phantoms import Ellipsoid, draw_head, ellipsoid_coverage, phantom_cohort, shepp_logan_phantom
+from scripts.scans.phantoms import Ellipsoid, Person, draw_head, ellipsoid_coverage, phantom_cohort, shepp_logan_phantom
 
 SHAPE = (32, 32, 32)
 
@@ -235,3 +235,22 @@ def test_bad_arguments_are_named_before_anything_is_written(tmp_path, key, value
     with pytest.raises(BundleError, match=f"^{key}: "):
         phantom_cohort(tmp_path / "data", **{key: value})
     assert not (tmp_path / "data").exists()
+
+
+def test_age_widens_the_ventricles_and_sex_sets_the_size_of_the_head(tmp_path):
+    def measured(person):
+        volume = shepp_logan_phantom((48, 48, 48), (3, 1), person)
+        inside = volume[16:32, 16:34, 18:30]  # the middle of the brain
+        return (volume > 0).sum(), (inside < 0.2).sum()
+
+    (large, young), (_, old), (small, _) = (measured(Person(*who)) for who in ((20, "m"), (80, "m"), (50, "f")))
+    assert old > 2 * young
+    assert small / large == pytest.approx(0.85**3, abs=0.04)
+    folder = phantom_cohort(str(tmp_path / "people"), 20, (16, 16, 16), 12.0, people=True)
+    rows = [line.split("\t") for line in (tmp_path / "people/participants.tsv").read_text().splitlines()]
+    assert rows[0] == ["participant_id", "age", "sex"] and [row[0] for row in rows[1:3]] == [
+        "phantom_000",
+        "phantom_001",
+    ]
+    assert all(20 <= float(age) <= 80 for _, age, _ in rows[1:]) and {sex for _, _, sex in rows[1:]} == {"f", "m"}
+    assert phantom_cohort(folder, 20, (16, 16, 16), 12.0, people=True) == folder

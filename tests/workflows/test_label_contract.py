@@ -35,6 +35,7 @@ def test_seed_and_steps_are_what_a_client_sees_and_sets():
     assert config(num_train_timesteps=250).get_parsed_content("displayable_configs") == {
         "seed": -1,
         "num_inference_steps": 25,
+        "covariates": "",
     }
     assert config()["seed"] == 0
 

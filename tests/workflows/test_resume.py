@@ -50,6 +50,8 @@ MAY_CHANGE = {
     "exclude": [],
     "mask_dir": "elsewhere",
     "class_table": None,
+    "covariates": [],
+    "covariate_table": None,
     "class_dropout": 0.5,
     "learning_rate": 0.002,
     "batch_size": 1,
@@ -135,6 +137,8 @@ def test_a_knob_that_describes_weights_is_refused_as_init_ckpt_refuses_it(run, s
     other = up_to_the_training(tmp_path / "new", scans, **knobs)
     if key == "wavelet_levels":  # a new run would grow the network
         assert other.startswith("init_ckpt: ") and "it can be grown to [32, 32, 32]" in other
+    elif key == "class_names":  # a new run would grow the network by them
+        assert other is None
     else:
         assert other == (said if DESCRIBING[key].fixed else None)
 

@@ -1,15 +1,11 @@
-"""Classes of images: their names, the class of each training scan, and the class of each volume that is sampled.
-
-A class is its index in `class_names`; the index after the last, len(class_names), means "no class". It is what a label
-becomes that is dropped in training (Ho & Salimans 2022, "Classifier-free diffusion guidance"). Without names it is 0.
-"""
+"""Classes of images: by folder, or by a table of files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from scripts.running.checks import check_knobs
+from scripts.running.covariates import CLASS
 from scripts.running.errors import BundleError
 from scripts.running.tables import read_table
 
@@ -58,7 +54,7 @@ def classes_of(
 def with_classes(
     images: list[dict], class_names: Sequence[str] | None, class_table: str | None, dataset_dir: str
 ) -> list[dict]:
-    """The images, each with "class_label": the index of its class in `class_names`; without names as they are.
+    """The images, each with "covariates": {"class": its class}; without names as they are.
 
     Args:
         images: [{"image": path, ...}, ...] below `dataset_dir`.
@@ -92,46 +88,4 @@ def with_classes(
             f"{'class_names' if class_table is None else 'class_table'}: {len(without)} of {len(images)} images "
             f"{problem} and so have no class, for example {without[0]!r}; expected {right}"
         )
-    return [item | {"class_label": list(class_names).index(name)} for item, name in zip(images, found)]
-
-
-def labels_of(
-    class_label: str | int | None | Sequence[str | int | None],
-    class_names: Sequence[str] | None,
-    guidance_scale: float = 1.0,
-) -> list[int]:
-    """Indices of the classes that volumes take in turn: volume i has labels[i mod len(labels)].
-
-    Args:
-        class_label: a name, an index, None for no class, or a list of these.
-        class_names: of the training, from the model.json beside the weights; None or empty without classes.
-        guidance_scale: see `scripts.diffusion.sampler.DiffusionSampler`.
-
-    Raises:
-        BundleError: an unknown class (lists the names), a class or guidance where the weights know no classes,
-            guidance without any class, a scale below 0.
-    """
-    names = list(class_names or [])
-    known = f"one of {names}, an index from 0 to {len(names) - 1}, or null (no class)"
-    if not names:
-        known = "null, for these weights know no classes (class_names)"
-    wanted = list(class_label) if isinstance(class_label, (list, tuple)) else [class_label]
-    labels = []
-    for label in wanted:
-        if label is None:
-            labels.append(len(names))
-        elif isinstance(label, str) and label in names:
-            labels.append(names.index(label))
-        elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-            labels.append(label)
-        else:
-            raise BundleError(f"class_label: {label!r} was given; it must be {known}")
-    if not labels:
-        raise BundleError(f"class_label: an empty list was given; it must be {known}")
-    check_knobs(guidance_scale=guidance_scale)
-    if guidance_scale != 1 and set(labels) == {len(names)}:
-        right = f"a class_label out of {names}" if names else "1, for these weights know no classes (class_names)"
-        raise BundleError(
-            f"guidance_scale: {guidance_scale} was given, but there is no class to guide to; expected {right}"
-        )
-    return labels
+    return [item | {"covariates": {CLASS: name}} for item, name in zip(images, found)]

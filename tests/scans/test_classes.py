@@ -15,14 +15,16 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from torch import nn
 
+from scripts.diffusion.asked import requests
 from scripts.diffusion.objective import AutocastDiffusionInferer, SeededPrepareBatch
 from scripts.diffusion.process import PREDICTION_TYPES
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.weights import load_weights
 from scripts.running.checks import check_knobs
+from scripts.running.covariates import of_classes
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.running.pictures import mosaic
-from scripts.scans.conditions import check_table, labels_of, with_classes
+from scripts.scans.classes import check_table, with_classes
 from scripts.scans.datasets import VolumeDataset
 from scripts.scans.find import require
 from scripts.training.previews import PreviewHandler
@@ -110,7 +112,7 @@ def test_a_volume_of_a_class_does_not_depend_on_its_batch(scheduler):
 
 @pytest.mark.parametrize("dims, scale", [(2, 1.0), (3, 3.0)])
 def test_the_scripted_sampler_has_classes_and_one_of_its_own(scheduler, dims, scale, tmp_path):
-    options = {"prediction_type": "sample", "class_label": 1, "guidance_scale": scale}
+    options = {"prediction_type": "sample", "condition": 1, "guidance_scale": scale}
     sampler = DiffusionSampler(conditional_unet(dims, std=0.1), scheduler, 4, "dpmpp_2m_sde", **options)
     torch.jit.script(sampler).save(str(tmp_path / "model.ts"))
     loaded = torch.jit.load(str(tmp_path / "model.ts"))
@@ -124,9 +126,9 @@ def test_the_scripted_sampler_has_classes_and_one_of_its_own(scheduler, dims, sc
 
 
 def test_a_sampler_refuses_what_its_network_does_not_know(unet, scheduler):
-    with pytest.raises(BundleError, match="class_label: 3 was given, but the network knows 2 classes"):
-        DiffusionSampler(conditional_unet(), scheduler, 5, class_label=3)
-    with pytest.raises(BundleError, match="guidance_scale: 3 was given, but the network knows no classes"):
+    with pytest.raises(BundleError, match="condition: 3 was given; the network takes an index from 0 to 2"):
+        DiffusionSampler(conditional_unet(), scheduler, 5, condition=3)
+    with pytest.raises(BundleError, match="guidance_scale: 3 was given, but the network knows no covariates"):
         DiffusionSampler(unet, scheduler, 5, guidance_scale=3)
 
 
@@ -135,9 +137,11 @@ def test_a_sampler_refuses_what_its_network_does_not_know(unet, scheduler):
 
 def test_a_label_is_dropped_with_its_probability_as_a_function_of_seed_and_draw(scheduler):
     def labels(draws, class_dropout=0.1, seed=0):
-        prepare = SeededPrepareBatch(scheduler, "epsilon", seed, class_names=NAMES, class_dropout=class_dropout)
+        prepare = SeededPrepareBatch(
+            scheduler, "epsilon", seed, covariates=of_classes(NAMES), class_dropout=class_dropout
+        )
         draws = torch.tensor(draws)
-        batch = {"image": torch.zeros(len(draws), 1, 1), "draw": draws, "class_label": draws % 2}
+        batch = {"image": torch.zeros(len(draws), 1, 1), "draw": draws, "condition": draws % 2}
         return prepare(batch, "cpu")[3]
 
     draws = list(range(3000))
@@ -155,7 +159,7 @@ def test_a_label_is_dropped_with_its_probability_as_a_function_of_seed_and_draw(
 
 def test_a_network_learns_which_class_is_bright():
     scheduler = DDPMScheduler(num_train_timesteps=50, schedule="cosine")
-    prepare = SeededPrepareBatch(scheduler, "sample", class_names=NAMES, class_dropout=0.2)
+    prepare = SeededPrepareBatch(scheduler, "sample", covariates=of_classes(NAMES), class_dropout=0.2)
     inferer, network = AutocastDiffusionInferer(scheduler), conditional_unet(2)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for iteration in range(120):
@@ -163,7 +167,7 @@ def test_a_network_learns_which_class_is_bright():
         images = torch.where(draws % 2 == 0, 0.6, -0.6).view(-1, 1, 1, 1) + 0.1 * seeded_noise(
             16, 1, 8, 8, seed=iteration
         )
-        batch = {"image": images, "draw": draws, "class_label": draws % 2}
+        batch = {"image": images, "draw": draws, "condition": draws % 2}
         images, wanted, _, extra = prepare(batch, "cpu")
         optimizer.zero_grad()
         nn.functional.mse_loss(inferer(images, network, **extra), wanted).backward()
@@ -177,7 +181,7 @@ def test_a_network_learns_which_class_is_bright():
 
 def test_labels_pass_by_transforms_and_caches(cohort, tmp_path):
     paths = sorted(str(p) for p in cohort.glob("*.nii.gz"))[:2]
-    data = [{"image": path, "class_label": label} for label, path in enumerate(paths)]
+    data = [{"image": path, "condition": label} for label, path in enumerate(paths)]
 
     def transform(item):
         assert set(item) == {"image"}
@@ -185,8 +189,8 @@ def test_labels_pass_by_transforms_and_caches(cohort, tmp_path):
 
     for cache in ("memory", "disk", "none"):
         dataset = VolumeDataset(data, transform, cache=cache, cache_dir=str(tmp_path))
-        assert [dataset[i, draw]["class_label"] for i, draw in ((0, 5), (1, 6))] == [0, 1]
-    VolumeDataset([item | {"class_label": 0} for item in data], transform, cache="disk", cache_dir=str(tmp_path))
+        assert [dataset[i, draw]["condition"] for i, draw in ((0, 5), (1, 6))] == [0, 1]
+    VolumeDataset([item | {"condition": 0} for item in data], transform, cache="disk", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.pt"))) == 2
 
 
@@ -197,10 +201,10 @@ def test_previews_show_the_classes_in_turn_a_row_each():
         asked.append(class_labels.tolist())
         return torch.full_like(noise, float(class_labels[0]))
 
-    previews = PreviewHandler(sampler, [4, 4], 1, TrainingRecords(""), num_samples=5, class_names=NAMES)
+    previews = PreviewHandler(sampler, [4, 4], 1, TrainingRecords(""), num_samples=5, covariates=of_classes(NAMES))
     strips = previews.strips(SimpleNamespace(state=SimpleNamespace(device="cpu")))
     assert asked == [[0], [1], [0], [1], [0]]
-    picture = mosaic(strips, gap=0, smallest=1, labels=previews.labels)
+    picture = mosaic(strips, gap=0, smallest=1, labels=previews.rows)
     assert picture.shape == (2 * 4, 3 * 4)
     assert (picture[:4] == 0).all() and (picture[4:, :8] == 1).all() and (picture[4:, 8:] == 0).all()  # an empty place
 
@@ -218,7 +222,10 @@ def scans(tmp_path):
 
 
 def test_a_class_is_the_innermost_folder_below_the_dataset_that_has_its_name(scans, tmp_path):
-    assert [item["class_label"] for item in with_classes(scans, NAMES, None, str(tmp_path))] == [1, 0, 0, 0]
+    assert [item["covariates"]["class"] for item in with_classes(scans, NAMES, None, str(tmp_path))] == [
+        "dark",
+        *["bright"] * 3,
+    ]
     with pytest.raises(
         BundleError, match=r"class_names: 2 of 4 images lie in no folder.*'.*b.nii'; expected folders named"
     ):
@@ -234,7 +241,7 @@ def test_a_table_gives_the_class_of_each_scan(scans, tmp_path):
     others = f"{tmp_path}/bright/b.nii,5,dark\n./dark/bright/c.nii.gz,6, dark \nbright/sub-1/d.nii,7,bright\n"
     table.write_text("file,age,class\n" + first + others + again, encoding="utf-8-sig")
     found = with_classes(scans, NAMES, str(table), str(tmp_path))
-    assert [item["class_label"] for item in found] == [0, 1, 1, 0]
+    assert [item["covariates"]["class"] for item in found] == ["bright", "dark", "dark", "bright"]
     assert [item["image"] for item in found] == [item["image"] for item in scans]
 
 
@@ -292,7 +299,7 @@ def test_a_table_without_names_and_a_class_without_images_are_refused(scans):
         check_knobs(class_names=None, class_table="x.csv")
     with pytest.raises(BundleError, match="class_table: 'x.csv' cannot be read"):
         check_table(NAMES, "x.csv")
-    labelled = [item | {"class_label": 0} for item in scans]
+    labelled = [item | {"condition": 0} for item in scans]
     require("", labelled, ["bright"])
     with pytest.raises(BundleError, match=r"of 4 images to train on none is of \['dark'\]"):
         require("", labelled, NAMES)
@@ -306,8 +313,9 @@ def test_a_table_without_names_and_a_class_without_images_are_refused(scans):
     [(None, [2]), ("dark", [1]), (0, [0]), (["dark", None, 0], [1, 2, 0]), (("bright", "dark"), [0, 1])],
 )
 def test_a_class_is_a_name_an_index_or_a_list(class_label, wanted):
-    assert labels_of(class_label, NAMES) == wanted
-    assert labels_of(None, None) == [0]
+    found = requests(len(wanted) + 1, None, class_label, of_classes(NAMES))
+    assert [int(item["condition"]) for item in found] == [*wanted, wanted[0]]  # in turn
+    assert [int(item["condition"]) for item in requests(1, None, None, [])] == [0]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +334,7 @@ def test_a_class_is_a_name_an_index_or_a_list(class_label, wanted):
 )
 def test_an_unknown_class_or_useless_guidance_is_refused(knobs, words):
     with pytest.raises(BundleError) as error:
-        labels_of(*knobs)
+        requests(1, None, knobs[0], of_classes(knobs[1]), *knobs[2:])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -391,7 +399,7 @@ def test_an_exported_archive_samples_the_class_that_was_asked_for(conditional, t
     eager = parser.get_parsed_content("network_def")
     load_weights(eager, model, expected={"class_names": NAMES})
     noise, archive = seeded_noise(2, 1, 16, 16, 16), torch.jit.load(str(tmp_path / "model.ts"))
-    assert eager.class_label == 1
+    assert int(eager.condition) == 1
     torch.testing.assert_close(archive(noise), eager(noise), atol=1e-5, rtol=0)
     torch.testing.assert_close(
         archive(noise, torch.tensor([0, 2])), eager(noise, torch.tensor([0, 2])), atol=1e-5, rtol=0

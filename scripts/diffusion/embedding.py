@@ -1,0 +1,105 @@
+"""What a network is told besides the time: numbers such as age, and words such as sex or class, as one embedding.
+
+MONAI's U-Net adds `class_embedding(class_labels)` to its embedding of the time. A network with one word has MONAI's own
+`nn.Embedding` there; one with numbers or several words has a `CovariateEmbedding`, whose parts are added up. What a
+list of covariates is, and a condition, says `scripts.running.covariates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from torch import nn
+
+from scripts.running.covariates import one_word, unknown_of
+
+PLACE = "class_embedding."
+
+
+class NumberEmbedding(nn.Module):
+    """A standardised number as a vector: a network with one hidden layer, or, for NaN, a vector of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1, size), nn.Linear(size, size)
+        self.unknown = nn.Parameter(torch.zeros(size))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, size)."""
+        missing = torch.isnan(value)[:, None]
+        known = self.first(torch.where(missing, torch.zeros_like(value[:, None]), value[:, None]))
+        return torch.where(missing, self.unknown, self.second(nn.functional.silu(known)))
+
+
+class WordEmbedding(nn.Embedding):
+    """The index of a word as a vector; the index after the last, or anything that is none, is "unknown"."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, size)."""
+        last = self.num_embeddings - 1
+        known = (value >= 0) & (value < last)  # not so for NaN
+        return super().forward(torch.where(known, value, torch.full_like(value, last)).long())
+
+
+class CovariateEmbedding(nn.Module):
+    """The sum of the embeddings of several covariates: (B, covariates) float32, NaN for unknown -> (B, size)."""
+
+    def __init__(self, covariates: Sequence[Mapping[str, Any]], size: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            WordEmbedding(len(c["words"]) + 1, size) if "words" in c else NumberEmbedding(size) for c in covariates
+        )
+
+    def forward(self, conditions: torch.Tensor) -> torch.Tensor:
+        vector = self.parts[0](conditions[:, 0])
+        for i, part in enumerate(self.parts):
+            if i:
+                vector = vector + part(conditions[:, i])
+        return vector
+
+
+def with_covariates(unet: DiffusionModelUNet, covariates: Sequence[Mapping[str, Any]]) -> DiffusionModelUNet:
+    """The U-Net, made with `num_class_embeds(covariates)`, which is then told these covariates as `class_labels`."""
+    if covariates and not one_word(covariates):
+        unet.class_embedding = CovariateEmbedding(covariates, unet.class_embedding.embedding_dim)
+    unet.covariates, unet.unknown = list(covariates), unknown_of(covariates)
+    return unet
+
+
+def with_new_covariates(
+    state_dict: Mapping[str, torch.Tensor],
+    old: Sequence[Mapping[str, Any]],
+    new: Sequence[Mapping[str, Any]],
+    wanted: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Weights of a network with some covariates as those of one with more, which begins by saying exactly the same.
+
+    What is new adds nothing at first: a number's second layer, a word's vectors, and the vectors of "unknown" are
+    zero. A new word of an old covariate begins as "unknown".
+
+    Args:
+        state_dict: of the old network.
+        old, new: their covariates; each of `old` is among `new`.
+        wanted: state dict of the new network, for names, shapes and the random first layers.
+    """
+    weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PLACE)}
+    places = {c["name"]: PLACE if one_word(old) else f"{PLACE}parts.{i}." for i, c in enumerate(old)}
+    before = {c["name"]: c for c in old}
+    for i, covariate in enumerate(new):
+        place = PLACE if one_word(new) else f"{PLACE}parts.{i}."
+        own = {name: tensor for name, tensor in wanted.items() if name.startswith(place)}
+        then = before.get(covariate["name"])
+        for name, tensor in own.items():
+            part = name.removeprefix(place)
+            if then is None:
+                weights[name] = tensor.clone() if part.startswith("first.") else torch.zeros_like(tensor)
+            elif "words" in covariate:
+                table = state_dict[places[covariate["name"]] + part]
+                rows = [then["words"].index(w) if w in then["words"] else -1 for w in covariate["words"]]
+                weights[name] = table[[*rows, -1]].to(tensor.dtype)
+            else:
+                weights[name] = state_dict[places[covariate["name"]] + part]
+    return weights

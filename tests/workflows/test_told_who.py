@@ -1,0 +1,92 @@
+"""Covariates from participants.tsv to the header of a sample, by the commands and in the wiring that ships."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import sample, workflow
+
+from scripts.scans.phantoms import phantom_cohort
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return phantom_cohort(str(tmp_path_factory.mktemp("people")), 8, (20, 20, 20), 8.0, people=True)
+
+
+@pytest.fixture(scope="module")
+def told(people, tmp_path_factory):
+    """Output folder of a training that is told age and sex, and has been resumed."""
+    output = tmp_path_factory.mktemp("told")
+    knobs = {"dataset_dir": people, "covariates": ["age", "sex"], "val_fraction": 0.3, "preview_samples": 2}
+    workflow("train", output, **knobs, max_iterations=3).run()
+    workflow("train", output, **knobs, resume=True).run()
+    return output
+
+
+def test_what_was_told_is_written_down_with_the_weights(told):
+    description = json.loads((told / "models/model.json").read_text())
+    age, sex = description["covariates"]
+    assert age["name"] == "age" and 20 <= age["min"] < age["mean"] < age["max"] <= 80 and sex["words"] == ["f", "m"]
+    weights = torch.load(told / "models/model.pt", weights_only=True)
+    assert weights["class_embedding.parts.1.weight"].shape[0] == 3
+    with open(told / "validation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["weights"] for row in rows] == ["raw", "ema_other_conditions", "ema"] * 2
+    assert rows[-1]["loss"] != rows[-2]["loss"]
+
+
+def test_a_sweep_is_made_of_the_same_noises_and_says_what_was_asked(told, tmp_path):
+    asked = "{'age': [30, 70], 'sex': 'f'}"
+    done = sample(told / "models/model.pt", tmp_path, covariates=asked, num_inference_steps=2, guidance_scale=2)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [f"sample_seed0_volume00{i}_age{age}_sexf.nii.gz" for i in range(2) for age in (30, 70)]
+    assert [row["file"] for row in rows] == names and [row["age"] for row in rows] == ["30", "70"] * 2
+    images = [nib.load(tmp_path / name) for name in names]
+    assert images[1].header["descrip"].item().decode().endswith("seed 0, volume 0, age 70, sex f")
+    voxels = [image.get_fdata() for image in images]
+    assert np.isfinite(voxels).all() and not np.array_equal(voxels[0], voxels[1])
+    refused = sample(told / "models/model.pt", tmp_path, covariates="{'agee': 70}")
+    assert refused.returncode == 1 and "error: covariates: 'agee' was given; these weights know age" in refused.stderr
+
+
+def test_weights_that_were_told_nothing_grow(people, trained, tmp_path, caplog):
+    knobs = {"dataset_dir": people, "covariates": ["age"], "init_ckpt": str(trained / "models/model.pt")}
+    caplog.set_level("INFO")
+    workflow(
+        "train", tmp_path, **knobs, max_iterations=1, val_interval=1, preview_interval=1, checkpoint_interval=1
+    ).run()
+    assert "grown from the covariates [] to ['age']" in caplog.text
+    old = torch.load(trained / "models/model.pt", weights_only=True)
+    new = torch.load(tmp_path / "models/checkpoint_00000001.pt", weights_only=True)["network"]
+    name = "conv_in.conv.weight"
+    assert (old[name] - new[name]).abs().max() < 0.01 and set(new) - set(old) == {
+        f"class_embedding.parts.0.{part}"
+        for part in ("unknown", "first.weight", "first.bias", "second.weight", "second.bias")
+    }
+
+
+def test_classes_of_version_0_4_are_sampled_by_their_name(cohort, tmp_path):
+    """Its files say class_names and nothing of covariates."""
+    for i, path in enumerate(sorted(cohort.glob("*.nii.gz"))):
+        place = tmp_path / "scans" / ("bright", "dark")[i % 2] / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    short = dict.fromkeys(("max_iterations", "val_interval", "preview_interval", "checkpoint_interval"), 1)
+    knobs = {"dataset_dir": str(tmp_path / "scans"), "class_names": ["bright", "dark"], "norm_num_groups": 4}
+    workflow("train", tmp_path / "out", **knobs, **short, val_fraction=0.3).run()
+    model = tmp_path / "out/models/model.pt"
+    torch.save(dict(torch.load(model, weights_only=True)), model)  # without what this version writes into it
+    description = json.loads(model.with_suffix(".json").read_text())
+    description.pop("covariates", None)
+    model.with_suffix(".json").write_text(json.dumps(description))
+    done = sample(
+        model, tmp_path / "samples", class_label="dark", num_samples=1, num_inference_steps=2, norm_num_groups=4
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples/dark/sample_seed0_volume000.nii.gz").exists()
