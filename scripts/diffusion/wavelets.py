@@ -27,7 +27,9 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler, Scheduler
 from monai.utils import unsqueeze_right
 from torch import nn
 
+from scripts.diffusion.embedding import with_covariates
 from scripts.diffusion.process import index_at, levels_at, log_sigmas, sample_coefficients, training_timesteps
+from scripts.running.covariates import Covariate
 from scripts.running.errors import BundleError
 
 DETAIL_RMS = (0.15, 0.055, 0.03)  # measured on T1-weighted brains of 64^3 in [-1, 1]
@@ -208,13 +210,15 @@ def in_wavelets(
     prediction_type: str,
     description: dict[str, Any] | None = None,
     detail_rms: Sequence[float] = DETAIL_RMS,
+    covariates: Sequence[Covariate] = (),
 ) -> nn.Module:
-    """A `WaveletUNet`, or where `wavelet_levels` is 0 the U-Net itself.
+    """A `WaveletUNet`, or where `wavelet_levels` is 0 the U-Net itself; told these covariates as `class_labels`.
 
     Args:
         schedule: the name of the scheduler's noise schedule.
         description: what is known about the weights to begin with, see `coarse_process`.
     """
+    unet = with_covariates(unet, covariates)
     if not wavelet_levels:
         return unet
     coarse = coarse_process(description or {}, scheduler, schedule)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-import nibabel as nib
 import numpy as np
 from scipy.stats import false_discovery_control
 from tqdm import tqdm
@@ -23,59 +22,15 @@ from scripts.evaluation.bootstrap import bootstrap_counts, interval
 from scripts.evaluation.cohorts import Cohort, Cohorts
 from scripts.evaluation.effects import FALSE_DISCOVERY, cohen_d, permutation_p, wasserstein_with_chance, weighted_d
 from scripts.evaluation.evaluator import metric_row
-from scripts.evaluation.tissue import TISSUES, classify
+from scripts.evaluation.regions import FREESURFER, label_volumes
+from scripts.evaluation.tissue import TISSUES, classify, inner_dark
 from scripts.running.checks import as_bool, check_knob, check_knobs
 from scripts.running.errors import BundleError
 from scripts.running.knobs import whole
 from scripts.running.pictures import save_figure
 
-# The labels of SynthSeg, numbered as in FreeSurfer's FreeSurferColorLUT.txt.
-_SIDED = {
-    "cerebral white matter": (2, 41),
-    "cerebral cortex": (3, 42),
-    "lateral ventricle": (4, 43),
-    "inferior lateral ventricle": (5, 44),
-    "cerebellum white matter": (7, 46),
-    "cerebellum cortex": (8, 47),
-    "thalamus": (10, 49),
-    "caudate": (11, 50),
-    "putamen": (12, 51),
-    "pallidum": (13, 52),
-    "hippocampus": (17, 53),
-    "amygdala": (18, 54),
-    "accumbens area": (26, 58),
-    "ventral DC": (28, 60),
-}
-FREESURFER = {14: "3rd ventricle", 15: "4th ventricle", 16: "brain-stem", 24: "CSF"} | {
-    label: f"{side} {name}" for name, labels in _SIDED.items() for side, label in zip(("left", "right"), labels)
-}
 ROWS_UP_TO = 8  # regions with rows of their own; more stand in the table only
 EFFECT = "standardised difference from the real mean; 0.2 is small, 0.5 medium, 0.8 large (Cohen 1988)"
-
-
-def label_volumes(path: str) -> dict[int, float]:
-    """{label: mL} of one label map: its voxels times |det| of its affine, which is in mm. 0 is background.
-
-    Raises:
-        BundleError: names a file that is no NIfTI image of whole numbers in two or three dimensions.
-    """
-    try:
-        image = nib.load(path)
-        labels = np.asarray(image.dataobj)
-    except Exception as e:  # nibabel, zlib and numpy each raise their own for a damaged file
-        raise BundleError(f"label map {path!r} cannot be read ({e}); a NIfTI image of whole numbers is right") from e
-    if labels.dtype.kind not in "biuf":
-        raise BundleError(f"label map {path!r} has voxels of type {labels.dtype}; expected whole numbers")
-    if labels.ndim < 2 or any(side > 1 for side in labels.shape[3:]):
-        raise BundleError(f"label map {path!r} has the shape {labels.shape}; expected two or three dimensions")
-    found, counts = np.unique(labels, return_counts=True)
-    wrong = found[~(np.isfinite(found) & (found == np.rint(found)))]
-    if len(wrong):
-        raise BundleError(f"label map {path!r} has the value {wrong[0]:g}; whole numbers (a segmentation) are right")
-    ml = abs(np.linalg.det(image.affine[:3, :3])) / 1000
-    if not ml > 0:
-        raise BundleError(f"label map {path!r} has an affine of volume {ml:g}; expected one in mm")
-    return {int(label): float(count * ml) for label, count in zip(found, counts) if label != 0}
 
 
 def _finite(value: float) -> float | None:
@@ -180,16 +135,19 @@ class Anatomy:
     # What is measured of one cohort; each once, since every comparison needs the real one again.
 
     def _of_tissues(self, cohort: Cohort) -> dict:
-        """{"percent": (N, 3), "ml": (N, 3)}, nan where a volume could not be classified."""
+        """{"percent": (N, 3), "ml": (N, 3), "inner": (N), "size": (N)}, nan where a volume could not be classified."""
         known = self.tissues.get(cohort.name)
         if known is None or known[0] is not cohort:
             percent = np.full((len(cohort), 3), np.nan)
+            inner = np.full(len(cohort), np.nan)
             voxels = np.zeros(len(cohort))
             for i, volume in enumerate(tqdm(cohort.volumes, f"tissues of {cohort.name}")):
+                inner[i] = 100 * inner_dark(volume)
                 if (found := classify(volume, self.seed)) is not None:
                     percent[i], voxels[i] = 100 * found.fractions, found.num_voxels
             brain = voxels * np.asarray(cohort.voxel_size, float).prod(1) / 1000
-            known = cohort, {"percent": percent, "ml": percent / 100 * brain[:, None]}
+            size = 100 * voxels / cohort.volumes[0].size
+            known = cohort, {"percent": percent, "ml": percent / 100 * brain[:, None], "inner": inner, "size": size}
             self.tissues[cohort.name] = known
         return known[1]
 
@@ -201,6 +159,22 @@ class Anatomy:
             known = cohort, [label_volumes(path) if path else None for path in paths]
             self.labels[cohort.name] = known
         return known[1]
+
+    def quantities(self, cohort: Cohort) -> dict[str, np.ndarray]:
+        """{name with its unit: (N) values} of what is measured in each volume; nan where that was not possible.
+
+        The tissues and what is dark within (see `inner_dark`), in percent of the brain, and the brain in percent of
+        the picture; where all volumes have label maps also the mL of each label.
+        """
+        tissues = self._of_tissues(cohort)
+        found = {f"{name} (% of the brain)": tissues["percent"][:, k] for k, name in enumerate(TISSUES)}
+        found |= {"inner dark (% of the brain)": tissues["inner"], "brain (% of the picture)": tissues["size"]}
+        if maps := [volumes for volumes in self._of_labels(cohort) if volumes]:
+            if len(maps) == len(cohort):
+                for label in sorted({label for volumes in maps for label in volumes}):
+                    name = self.label_names.get(label, f"label {label}")
+                    found[f"{name} (mL)"] = np.array([volumes.get(label, 0.0) for volumes in maps])
+        return found
 
     def _labels(self, real: Cohort) -> list[int]:
         """The labels that occur in any label map of the real cohort."""

@@ -27,6 +27,7 @@ HEADLINES = (  # what the table at the top of the report shows, as far as it was
     "wasserstein_tissues",
     "flagged",
 )
+HEADLINE_STEM = "adherence_"  # and each of these: one a covariate
 
 
 def number(value: float | None) -> str:
@@ -111,7 +112,10 @@ def write_report(evaluation: dict[str, Any], output_dir: str) -> str:
         sections=sections,
         synthetic=synthetic,
         warnings=[note for name in names for note in evaluation["cohorts"][name]["notes"]],
-        headlines=[headlines[metric] for metric in HEADLINES if metric in headlines],
+        headlines=[
+            *(headlines[metric] for metric in HEADLINES if metric in headlines),
+            *(line for metric, line in headlines.items() if metric.startswith(HEADLINE_STEM)),
+        ],
     )
     path = os.path.join(output_dir, "report.html")
     write_text(path, page)

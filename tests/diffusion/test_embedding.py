@@ -20,16 +20,19 @@ SEX = {"name": "sex", "words": ["f", "m"]}
 BOTH = [AGE, SEX]
 
 
-def unet_with(covariates, levels=0, std=0.1):
+def unet_with(covariates, levels=0, scheduler=None):
     torch.manual_seed(0)
     channels = 8**levels
     unet = DiffusionModelUNet(
         3, channels, channels, 1, (16, 16), (False, False), 8, num_head_channels=16,
         num_class_embeds=num_class_embeds(covariates),
     )  # fmt: skip
-    unet = with_covariates(unet, covariates)
+    if scheduler:  # as the configs build it
+        unet = in_wavelets(unet, levels, scheduler, "cosine", "sample", covariates=covariates)
+    else:
+        unet = with_covariates(unet, covariates)
     for parameter in unet.parameters():
-        parameter.data.normal_(0, std)
+        parameter.data.normal_(0, 0.1)
     return unet.eval()
 
 
@@ -80,7 +83,7 @@ def test_parts_are_dropped_alone_and_together(scheduler):
 @pytest.mark.parametrize("levels", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_a_volume_does_not_depend_on_its_batch_and_the_archive_samples_the_same(scheduler, levels, scale):
-    network = in_wavelets(unet_with(BOTH, levels), levels, scheduler, "cosine", "sample")
+    network = unet_with(BOTH, levels, scheduler)
     sampler = DiffusionSampler(
         network, scheduler, 4, "dpmpp_2m_sde", "sample", guidance_scale=scale, condition=[1.0, 0.0]
     )

@@ -10,10 +10,11 @@ from conftest import cohort_of
 from scipy.stats import false_discovery_control, ttest_ind, wasserstein_distance_nd
 
 from scripts.evaluation import anatomy, effects
-from scripts.evaluation.anatomy import FREESURFER, Anatomy, label_volumes
+from scripts.evaluation.anatomy import Anatomy
 from scripts.evaluation.cohorts import Cohort, Cohorts
 from scripts.evaluation.effects import cohen_d, permutation_p, wasserstein, wasserstein_with_chance
 from scripts.evaluation.evaluator import without_nan
+from scripts.evaluation.regions import FREESURFER, label_volumes
 from scripts.running.errors import BundleError
 
 QUICK = {"num_permutations": 499, "num_resamples": 50}

@@ -34,7 +34,7 @@ def resolved(content, config):
 def test_one_network_in_three_files():
     train, inference = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "inference"))
     network = resolved(train["network_def"], train)
-    assert resolved(inference["network_def"]["unet"]["unet"]["unet"], inference) == network == METADATA["network_def"]
+    assert resolved(inference["network_def"]["unet"]["unet"], inference) == network == METADATA["network_def"]
     assert resolved(inference["network_def"]["scheduler"], inference) == resolved(train["scheduler"], train)
     shapes = [
         METADATA["network_data_format"][side][name]["spatial_shape"]

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import sample, workflow
+from conftest import run_bundle, sample, workflow
 
 from scripts.scans.phantoms import phantom_cohort
 
@@ -53,6 +53,33 @@ def test_a_sweep_is_made_of_the_same_noises_and_says_what_was_asked(told, tmp_pa
     assert np.isfinite(voxels).all() and not np.array_equal(voxels[0], voxels[1])
     refused = sample(told / "models/model.pt", tmp_path, covariates="{'agee': 70}")
     assert refused.returncode == 1 and "error: covariates: 'agee' was given; these weights know age" in refused.stderr
+
+
+def test_the_evaluation_tells_a_generator_that_obeys_from_one_that_does_not(tmp_path):
+    """The second one's volumes are those of other people than were asked for."""
+    shape, rows = (24, 24, 24), {}
+    for seed, name in enumerate(("real", "obeys", "deaf")):
+        phantom_cohort(str(tmp_path / name), 24, shape, 7.0, seed=seed, people=True)
+        with open(tmp_path / name / "participants.tsv", newline="") as file:
+            rows[name] = list(csv.DictReader(file, delimiter="\t"))
+    for name in ("obeys", "deaf"):
+        files = sorted(path.name for path in (tmp_path / name).glob("*.nii.gz"))
+        asked = [(row["age"], row["sex"]) for row in rows[name]]
+        asked = asked if name == "obeys" else asked[::-1]
+        lines = ["file,age,sex", *(f"{file},{age},{sex}" for file, (age, sex) in zip(files, asked))]
+        (tmp_path / name / "samples.csv").write_text("\n".join(lines) + "\n")
+    done = run_bundle(
+        "run", config_file="configs/evaluate.json", real_dir=tmp_path / "real", output_dir=tmp_path / "evaluation",
+        synthetic_dirs={name: str(tmp_path / name) for name in ("obeys", "deaf")}, spatial_shape=list(shape),
+        covariates=["age", "sex"], device="cpu", num_workers=0, brain_extraction=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "evaluation/metrics.csv", newline="") as file:
+        found = {row["model"]: row for row in csv.DictReader(file)}
+    assert 0.7 < float(found["obeys"]["adherence_age"]) < 1.3 and abs(float(found["deaf"]["adherence_age"])) < 0.5
+    assert 0.7 < float(found["obeys"]["adherence_sex"]) < 1.3 and abs(float(found["deaf"]["adherence_sex"])) < 0.5
+    report = (tmp_path / "evaluation/report.html").read_text()
+    assert "adherence_age" in report and "Measured against asked" in report
 
 
 def test_weights_that_were_told_nothing_grow(people, trained, tmp_path, caplog):
