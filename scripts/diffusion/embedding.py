@@ -20,11 +20,18 @@ PLACE = "class_embedding."
 
 
 class NumberEmbedding(nn.Module):
-    """A standardised number as a vector: a network with one hidden layer, or, for NaN, a vector of its own."""
+    """A standardised number as a vector: a network with one hidden layer, or, for NaN, a vector of its own.
+
+    It begins as large as the vectors of words, of a standard deviation of 1 (PyTorch's layers would begin at a tenth of
+    that): else numbers are learned much later than words.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(1, size), nn.Linear(size, size)
+        nn.init.normal_(self.first.weight)
+        nn.init.uniform_(self.first.bias, -2, 2)  # the bends of the hidden layer lie where the numbers do
+        nn.init.normal_(self.second.weight, std=size**-0.5)
         self.unknown = nn.Parameter(torch.zeros(size))
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:

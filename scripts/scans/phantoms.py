@@ -76,7 +76,7 @@ class Person:
     """Whom a phantom is of, which drives its anatomy.
 
     Attributes:
-        age: 20 to 80 years; the ventricles are 0.7 to 1.3 times as long, wide and high as in the table.
+        age: 20 to 80 years; the ventricles are 0.5 to 1.4 times as long, wide and high as in the table.
         sex: "m", whose head is as large as in the table, or "f", whose head is 0.85 times as large.
     """
 
@@ -85,7 +85,7 @@ class Person:
 
     @property
     def ventricle_scale(self) -> float:
-        return 0.7 + 0.6 * (self.age - 20) / 60
+        return 0.5 + 0.9 * (self.age - 20) / 60
 
     @property
     def head_scale(self) -> float:
