@@ -50,7 +50,7 @@ TINY_TRAINING = TINY_NETWORK | {
 }
 
 
-LONG = ("workflows", "faults", "test_processes", "test_conditions", "test_images_2d", "test_surge", "test_wavelets")
+LONG = ("workflows", "faults", "test_processes", "test_classes", "test_images_2d", "test_surge", "test_wavelets")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -229,7 +229,7 @@ def test_a_table_of_classes_is_that_of_training(tmp_path):
     parser = ConfigParser()
     parser.read_config(ROOT / "configs/evaluate.json")
     parser.update({"class_names": ["a", "b"], "class_table": str(table)})
-    measure = parser.get_parsed_content("measures#5")
+    measure = parser.get_parsed_content("measures#6")
     measure.check(Cohorts(replace(real, name="real"), held_out, [ours]))
     assert measure.classes["real"] == ["a", "b", "b", "a", "b"] and measure.classes["ours"] == ["b", "b", "a", "a"]
     assert measure.classes[HELD_OUT] == ["a", "b"]

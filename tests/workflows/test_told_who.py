@@ -85,9 +85,8 @@ def test_the_evaluation_tells_a_generator_that_obeys_from_one_that_does_not(tmp_
 def test_weights_that_were_told_nothing_grow(people, trained, tmp_path, caplog):
     knobs = {"dataset_dir": people, "covariates": ["age"], "init_ckpt": str(trained / "models/model.pt")}
     caplog.set_level("INFO")
-    workflow(
-        "train", tmp_path, **knobs, max_iterations=1, val_interval=1, preview_interval=1, checkpoint_interval=1
-    ).run()
+    knobs |= dict.fromkeys(("val_interval", "preview_interval", "checkpoint_interval"), 1)
+    workflow("train", tmp_path, **knobs, max_iterations=1).run()
     assert "grown from the covariates [] to ['age']" in caplog.text
     old = torch.load(trained / "models/model.pt", weights_only=True)
     new = torch.load(tmp_path / "models/checkpoint_00000001.pt", weights_only=True)["network"]
@@ -96,6 +95,8 @@ def test_weights_that_were_told_nothing_grow(people, trained, tmp_path, caplog):
         f"class_embedding.parts.0.{part}"
         for part in ("unknown", "first.weight", "first.bias", "second.weight", "second.bias")
     }
+    workflow("train", tmp_path, **knobs, max_iterations=2, resume=True).run()  # the same command with --resume true
+    assert (tmp_path / "models/checkpoint_00000002.pt").exists()
 
 
 def test_classes_of_version_0_4_are_sampled_by_their_name(cohort, tmp_path):
