@@ -122,6 +122,8 @@ class DiffusionSampler(GuidedNetwork):
         self.stochastic: bool = bool((table[:, 5] > 0).any())
         self.register_buffer("timesteps", timesteps.float()[chosen], persistent=False)
         self.register_buffer("table", table.float(), persistent=False)
+        levels = torch.stack([a, s], 1)
+        self.register_buffer("levels", levels.float(), persistent=False)  # signal and noise that the steps begin at
 
     def forward(
         self, noise: torch.Tensor, conditions: torch.Tensor | None = None, num_inference_steps: int | None = None
@@ -180,17 +182,27 @@ class DiffusionSampler(GuidedNetwork):
         generators: list[torch.Generator],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
+        x0 = self.sample(i, x, conditions)
+        return self.onward(i, x, x0, previous_x0, generators), x0
+
+    def sample(self, i: int, x: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        """The network's opinion of x_0 at step i."""
         c = self.table[i]
         x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]), conditions)
-        if self.clip_sample:
-            x0 = x0.clamp(-1.0, 1.0)
+        return x0.clamp(-1.0, 1.0) if self.clip_sample else x0
+
+    def onward(
+        self, i: int, x: torch.Tensor, x0: torch.Tensor, previous_x0: torch.Tensor, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """x at the level of step i -> x at the next level."""
+        c = self.table[i]
         x = c[2] * x + c[3] * x0 + c[4] * previous_x0
         if self.stochastic:
             z: list[torch.Tensor] = []
             for generator in generators:
                 z.append(torch.randn(x.shape[1:], generator=generator, device=x.device))
             x = x + c[5] * torch.stack(z)
-        return x, x0
+        return x
 
     @torch.jit.unused
     @torch.no_grad()

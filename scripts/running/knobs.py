@@ -164,6 +164,8 @@ KNOBS = {
         ),
         "in training a list of columns, such as ['age', 'sex']; in sampling what to ask for, such as {'age': 70}",
     ),
+    "known": or_none(PATH, "without a scan to fill"),
+    "known_mask": or_none(PATH, "without a scan to fill"),
     "class_label": Knob(
         lambda value: CLASS_LABEL.fits(value) or listed(CLASS_LABEL).fits(value),
         "a class's name or index (class_names), None for no class, or a list of these",

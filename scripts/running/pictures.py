@@ -18,15 +18,15 @@ Figure, _ = optional_import("matplotlib.figure", name="Figure")
 logger = logging.getLogger(__name__)
 
 
-def triplanar(volume: np.ndarray) -> np.ndarray:
-    """The middle sagittal, coronal and axial slice of a RAS volume, side by side: (rows, columns).
+def triplanar(volume: np.ndarray, at: Sequence[int] | None = None) -> np.ndarray:
+    """The sagittal, coronal and axial slice of a RAS volume through its middle, or `at`, side by side: (rows, columns).
 
     Superior (sagittal, coronal) or anterior (axial) is up, and left is left. A 2D image is turned the same way. Slices
     of different height are padded with the volume's minimum.
     """
     if volume.ndim == 2:
         return np.rot90(volume)
-    x, y, z = (side // 2 for side in volume.shape)
+    x, y, z = at or (side // 2 for side in volume.shape)
     slices = [np.rot90(s) for s in (volume[x, :, :], volume[:, y, :], volume[:, :, z])]
     rows = max(s.shape[0] for s in slices)
     padded = [

@@ -42,6 +42,8 @@ RIGHT = {  # which of `VALUES` a knob may be; a knob that is not here may be non
     "class_dropout": "0",
     "covariates": "a [] none",  # a text, as of a client, or a list of columns
     "covariate_table": "a none",
+    "known": "a none",
+    "known_mask": "a none",
     "learning_rate": "1.5",
     "time_limit": "1.5 none",
     "channels_last": "true",
