@@ -116,6 +116,10 @@ def conditions_asked(
             raise BundleError(
                 f"covariates: {covariates!r} was given; expected such as {{'age': 70, 'sex': 'f'}}"
             ) from e
+    columns = [covariate["name"] for covariate in known]
+    if isinstance(covariates, (list, tuple)) and covariates and all(name in columns for name in covariates):
+        logger.info(f"covariates: {covariates!r}, the columns of a training, ask for nobody in particular")
+        covariates = None
     if covariates and class_label is not None:
         raise BundleError(f"class_label: {class_label!r} was given beside covariates; say {{'{CLASS}': ...}} in these")
     sweep = isinstance(covariates, Mapping) and any(isinstance(v, (list, tuple)) for v in covariates.values())

@@ -146,6 +146,7 @@ def test_what_is_asked_for_is_one_for_all_a_list_in_turn_or_a_sweep(caplog):
     turn = requests(3, [{"age": 20}, {"sex": "m"}], None, BOTH)
     assert [item["said"] for item in turn] == ["age 20", "sex m", "age 20"] and turn[0]["suffix"] == ""
     assert conditions_asked("{'age': 30}", None, BOTH) == ([{"age": 30}], False)
+    assert conditions_asked(["age", "sex"], None, BOTH) == ([{}], False)  # of the preset of the training
     assert not caplog.text
     requests(1, {"age": 95}, None, BOTH)
     assert "age 95 was given, but the weights were trained on 20 to 80" in caplog.text
@@ -160,6 +161,7 @@ def test_what_is_asked_for_is_one_for_all_a_list_in_turn_or_a_sweep(caplog):
         ({"age": []}, None, 1, ["asks for no volume"]),
         ("{'age': ", None, 1, ["expected such as {'age': 70"]),
         ([70], None, 1, ["or a list of these"]),
+        (["age", "height"], None, 1, ["or a list of these"]),
         ({"age": 70}, "f", 1, ["class_label: 'f'", "beside covariates"]),
         (None, None, 2, ["guidance_scale: 2"]),
         ({"age": None}, None, 2, ["guidance_scale: 2"]),
