@@ -104,6 +104,7 @@ class Anatomy:
         self.max_volumes, self.seed = max_volumes, seed
         self.with_tissues: bool | None = None
         self.tissues: dict[str, tuple[Cohort, dict]] = {}
+        self.inner: dict[str, tuple[Cohort, np.ndarray]] = {}
         self.labels: dict[str, tuple[Cohort, list[dict[int, float] | None]]] = {}
 
     @property
@@ -135,19 +136,17 @@ class Anatomy:
     # What is measured of one cohort; each once, since every comparison needs the real one again.
 
     def _of_tissues(self, cohort: Cohort) -> dict:
-        """{"percent": (N, 3), "ml": (N, 3), "inner": (N), "size": (N)}, nan where a volume could not be classified."""
+        """{"percent": (N, 3), "ml": (N, 3), "size": (N)}, nan where a volume could not be classified."""
         known = self.tissues.get(cohort.name)
         if known is None or known[0] is not cohort:
             percent = np.full((len(cohort), 3), np.nan)
-            inner = np.full(len(cohort), np.nan)
             voxels = np.zeros(len(cohort))
             for i, volume in enumerate(tqdm(cohort.volumes, f"tissues of {cohort.name}")):
-                inner[i] = 100 * inner_dark(volume)
                 if (found := classify(volume, self.seed)) is not None:
                     percent[i], voxels[i] = 100 * found.fractions, found.num_voxels
             brain = voxels * np.asarray(cohort.voxel_size, float).prod(1) / 1000
             size = 100 * voxels / cohort.volumes[0].size
-            known = cohort, {"percent": percent, "ml": percent / 100 * brain[:, None], "inner": inner, "size": size}
+            known = cohort, {"percent": percent, "ml": percent / 100 * brain[:, None], "size": size}
             self.tissues[cohort.name] = known
         return known[1]
 
@@ -167,18 +166,26 @@ class Anatomy:
         the picture; where all volumes have label maps also the mL of each label.
         """
         tissues = self._of_tissues(cohort)
+        known = self.inner.get(cohort.name)
+        if known is None or known[0] is not cohort:
+            known = self.inner[cohort.name] = cohort, 100 * np.array([inner_dark(v) for v in cohort.volumes])
         found = {f"{name} (% of the brain)": tissues["percent"][:, k] for k, name in enumerate(TISSUES)}
-        found |= {"inner dark (% of the brain)": tissues["inner"], "brain (% of the picture)": tissues["size"]}
-        if maps := [volumes for volumes in self._of_labels(cohort) if volumes]:
-            if len(maps) == len(cohort):
-                for label in sorted({label for volumes in maps for label in volumes}):
-                    name = self.label_names.get(label, f"label {label}")
-                    found[f"{name} (mL)"] = np.array([volumes.get(label, 0.0) for volumes in maps])
+        found |= {"inner dark (% of the brain)": known[1], "brain (% of the picture)": tissues["size"]}
+        maps = [volumes for volumes in self._of_labels(cohort) if volumes]
+        if len(maps) == len(cohort):
+            labels = self._labels(cohort)
+            for label, name in zip(labels, self._names(labels)):
+                found[f"{name} (mL)"] = np.array([volumes.get(label, 0.0) for volumes in maps])
         return found
 
-    def _labels(self, real: Cohort) -> list[int]:
-        """The labels that occur in any label map of the real cohort."""
-        return sorted({label for volumes in self._of_labels(real) for label in volumes or {}})
+    def _names(self, labels: Sequence[int]) -> list[str]:
+        """Of the labels; where two have the same name, with their numbers."""
+        names = [self.label_names.get(label, f"label {label}") for label in labels]
+        return [n if names.count(n) == 1 else f"{n} ({label})" for n, label in zip(names, labels)]
+
+    def _labels(self, cohort: Cohort) -> list[int]:
+        """The labels that occur in any label map of a cohort."""
+        return sorted({label for volumes in self._of_labels(cohort) for label in volumes or {}})
 
     def _regions(self, cohort: Cohort, labels: Sequence[int]) -> np.ndarray:
         """(volumes with a label map, labels), in mL or percent. A label that a map lacks has the volume 0."""
@@ -215,8 +222,7 @@ class Anatomy:
                 if min(len(real), len(own)) < 2:
                     rows += _no_rows("regions")
                 else:
-                    names = [self.label_names.get(label, f"label {label}") for label in labels]
-                    names = [n if names.count(n) == 1 else f"{n} ({label})" for n, label in zip(names, labels)]
+                    names = self._names(labels)
                     unit = "% of all labels" if self.relative else "mL"
                     found, data["regions"] = self._compare("region", names, unit, real, own, cohort is cohorts.real)
                     rows += found

@@ -14,12 +14,12 @@ from scripts.evaluation.bootstrap import bootstrap_counts, interval
 from scripts.evaluation.cohorts import HELD_OUT, Cohort, Cohorts
 from scripts.evaluation.conditions_figures import draw_relations, table
 from scripts.evaluation.evaluator import metric_row, slug
+from scripts.running.covariates import REQUESTS
 from scripts.running.errors import BundleError
 from scripts.running.pictures import save_figure
 from scripts.scans.participants import Covariates
 
 logger = logging.getLogger(__name__)
-REQUESTS = "samples.csv"  # beside synthetic volumes: what each was asked to be
 FEWEST = 3  # volumes of which something is known
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CLASS = "class"
+REQUESTS = "samples.csv"  # beside synthetic volumes: what each was asked to be
 Covariate = Mapping[str, Any]
 
 

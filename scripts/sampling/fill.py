@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -19,8 +17,8 @@ from monai.utils import optional_import
 from scripts.diffusion.fill import filled
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.running.errors import BundleError
-from scripts.running.files import write_atomically
 from scripts.running.pictures import mosaic, save_png, triplanar
+from scripts.sampling.volumes import write_nifti
 from scripts.scans.find import stem
 
 maximum_filter, _ = optional_import("scipy.ndimage", name="maximum_filter")
@@ -162,8 +160,7 @@ def fill(
         path = os.path.join(output_dir, name)
         content = geometry.back(result)
         content.header["descrip"] = f"partly synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}".encode()
-        packed = gzip.compress(content.to_bytes(), compresslevel=1, mtime=0)
-        write_atomically(path, lambda temporary, packed=packed: Path(temporary).write_bytes(packed))
+        write_nifti(content, path)
         logger.info(f"wrote {path}")
         paths.append(path)
         strips.append(triplanar(result[0].numpy(), centre))

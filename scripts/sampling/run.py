@@ -14,6 +14,7 @@ from typing import Any
 import ignite.distributed as idist
 from monai.engines import Evaluator
 
+from scripts.running.covariates import REQUESTS
 from scripts.running.errors import BundleError
 from scripts.running.files import set_aside, write_text
 from scripts.running.locks import remove_partial
@@ -22,7 +23,7 @@ from scripts.sampling.mosaic import MosaicHandler
 from scripts.sampling.volumes import TORN, SaveVolumes, made_with, read_sample
 
 logger = logging.getLogger(__name__)
-RECORD, TABLE = "samples.json", "samples.csv"
+RECORD = "samples.json"
 
 
 def sample(evaluator: Evaluator, handlers: Sequence[Any], seed: int, resume: bool = False) -> None:
@@ -133,7 +134,7 @@ def write_requests(output_dir: str, data: Sequence[Mapping[str, Any]], places: S
 
     Rows of other files that are still there are kept.
     """
-    path, rows = os.path.join(output_dir, TABLE), {}
+    path, rows = os.path.join(output_dir, REQUESTS), {}
     if os.path.isfile(path):
         with open(path, newline="", encoding="utf-8") as file:
             rows = {

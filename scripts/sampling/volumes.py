@@ -45,6 +45,15 @@ def save_nifti(volume: np.ndarray, affine: np.ndarray, path: str, description: s
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()[:79]
     image.header["intent_name"] = made_with.encode()[:16]
+    write_nifti(image, path)
+
+
+def write_nifti(image: nib.Nifti1Image, path: str) -> None:
+    """Write an image, packed where the path ends in .gz; the file appears whole or not at all, and holds no time.
+
+    Raises:
+        BundleError: it cannot be written.
+    """
     content = image.to_bytes()
     if path.endswith(".gz"):
         content = gzip.compress(content, compresslevel=1, mtime=0)  # as fast as nibabel's own
