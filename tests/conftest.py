@@ -30,6 +30,7 @@ OUT_OF_MEMORY = (  # as PyTorch says it
 OUT_OF_MEMORY_SHORT = "asked 2.50 GiB, free 1.06 GiB of 79.15 GiB"
 TINY_NETWORK = {
     "spatial_shape": "[16,16,16]",
+    "wavelet_levels": "0",
     "channels": "[8,8]",
     "attention_levels": "[False,True]",
     "num_head_channels": "[0,8]",
@@ -37,6 +38,7 @@ TINY_NETWORK = {
     "num_train_timesteps": "10",
 }
 TINY_TRAINING = TINY_NETWORK | {
+    "timestep_sampling": "'uniform'",
     "max_iterations": "6",
     "batch_size": "2",
     "val_interval": "3",
@@ -159,19 +161,17 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=250, schedule="cosine")
 
 
-def small_unet(**options: bool) -> DiffusionModelUNet:
+def small_unet(**options: bool | int) -> DiffusionModelUNet:
     """A small network whose weights are random, its last layer too (MONAI's begins as zero)."""
     torch.manual_seed(0)
     network = DiffusionModelUNet(
         spatial_dims=3,
-        in_channels=1,
-        out_channels=1,
         channels=[8, 8],
         attention_levels=[False, True],
         num_head_channels=[0, 8],
         num_res_blocks=1,
         norm_num_groups=8,
-        **options,
+        **{"in_channels": 1, "out_channels": 1} | options,
     )
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.1)

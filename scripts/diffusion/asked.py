@@ -92,6 +92,7 @@ def conditions_asked(
     class_label: Any,
     known: Sequence[Covariate],
     guidance_scale: float = 1.0,
+    from_images: bool = False,
 ) -> tuple[list[dict[str, Any]], bool]:
     """What the volumes of a run are asked to be.
 
@@ -102,6 +103,7 @@ def conditions_asked(
         class_label: a class by name or index, or a list of these, taken in turn.
         known: the covariates of the weights, see `scripts.running.covariates`.
         guidance_scale: see `scripts.diffusion.sampler.DiffusionSampler`.
+        from_images: whether there are condition images, to which it may guide.
 
     Returns:
         ([{name: value}, ...], whether it is a sweep)
@@ -140,7 +142,11 @@ def conditions_asked(
             f"covariates: {covariates!r} was given, which asks for no volume; expected at least one value"
         )
     check_knobs(guidance_scale=guidance_scale)
-    if guidance_scale != 1 and not any(value is not None for values in found for value in values.values()):
+    if (
+        guidance_scale != 1
+        and not from_images
+        and not any(value is not None for values in found for value in values.values())
+    ):
         names = next((c["words"] for c in known if c["name"] == CLASS), None) if one_word(known) else None
         right = f"a class_label out of {names}" if names else f"covariates: these weights know {listed(known)}"
         right = right if known else "1, for these weights know no classes (class_names) nor other covariates"
@@ -158,19 +164,24 @@ def conditions_of_text(text: str, known: Sequence[Covariate], noise: torch.Tenso
 
 
 def requests(
-    num_samples: int, covariates: Any, class_label: Any, known: Sequence[Covariate], guidance_scale: float = 1.0
+    num_samples: int,
+    covariates: Any,
+    class_label: Any,
+    known: Sequence[Covariate],
+    guidance_scale: float = 1.0,
+    from_images: bool = False,
 ) -> list[dict[str, Any]]:
     """The volumes of a run, in their order: of each noise one, or in a sweep one for each value.
 
     Args:
         num_samples: how many noises.
-        covariates, class_label, known, guidance_scale: see `conditions_asked`.
+        covariates, class_label, known, guidance_scale, from_images: see `conditions_asked`.
 
     Returns:
         [{"image": number of the noise, "index": place, "condition": tensor, "values": {name: text}, "said": text,
         "folder": of the class, "suffix": of the file's name, "row": of the mosaic}, ...]
     """
-    asked, sweep = conditions_asked(covariates, class_label, known, guidance_scale)
+    asked, sweep = conditions_asked(covariates, class_label, known, guidance_scale, from_images)
     classes = one_word(known) and known[0]["name"] == CLASS
     found = []
     for volume in range(num_samples):

@@ -7,6 +7,7 @@ list of covariates is, and a condition, says `scripts.running.covariates`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from scripts.running.covariates import one_word, unknown_of
 
 PLACE = "class_embedding."
+TIME_BIAS = "time_embed.2.bias"  # of the layer whose output the embedding is added to
 
 
 class NumberEmbedding(nn.Module):
@@ -76,27 +78,54 @@ def with_covariates(unet: DiffusionModelUNet, covariates: Sequence[Mapping[str, 
     return unet
 
 
+def places(covariates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the tensors of each covariate's embedding begin with in a state dict."""
+    return {c["name"]: PLACE if one_word(covariates) else f"{PLACE}parts.{i}." for i, c in enumerate(covariates)}
+
+
+def without_unknown(
+    state_dict: Mapping[str, torch.Tensor], covariates: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """The same network, in which "unknown" adds nothing: its vectors are zero, and what they were stands in the bias of
+    the time's embedding.
+
+    So the weights without those of `class_embedding` are those of the network that is told nothing.
+
+    Args:
+        state_dict: of a network with these covariates.
+    """
+    weights = copy.copy(state_dict)
+    for covariate, place in zip(covariates, places(covariates).values(), strict=True):
+        word = "words" in covariate
+        unknown = weights[place + "weight"][-1:] if word else weights[place + "unknown"]
+        name = place + ("weight" if word else "second.bias")
+        weights[TIME_BIAS] = weights[TIME_BIAS] + unknown.flatten()
+        weights[name] = weights[name] - unknown
+        if not word:
+            weights[place + "unknown"] = torch.zeros_like(unknown)
+    return weights
+
+
 def with_new_covariates(
     state_dict: Mapping[str, torch.Tensor],
     old: Sequence[Mapping[str, Any]],
     new: Sequence[Mapping[str, Any]],
     wanted: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Weights of a network with some covariates as those of one with more, which begins by saying exactly the same.
+    """Weights of a network with some covariates as those of one with others, which begins by saying exactly the same.
 
     What is new adds nothing at first: a number's second layer, a word's vectors, and the vectors of "unknown" are
-    zero. A new word of an old covariate begins as "unknown".
+    zero. A new word of an old covariate begins as "unknown", and what the new network does not know counts as unknown.
 
     Args:
         state_dict: of the old network.
-        old, new: their covariates; each of `old` is among `new`.
+        old, new: their covariates.
         wanted: state dict of the new network, for names, shapes and the random first layers.
     """
+    state_dict = without_unknown(state_dict, old)
     weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PLACE)}
-    places = {c["name"]: PLACE if one_word(old) else f"{PLACE}parts.{i}." for i, c in enumerate(old)}
-    before = {c["name"]: c for c in old}
-    for i, covariate in enumerate(new):
-        place = PLACE if one_word(new) else f"{PLACE}parts.{i}."
+    before, old_places = {c["name"]: c for c in old}, places(old)
+    for covariate, place in zip(new, places(new).values(), strict=True):
         own = {name: tensor for name, tensor in wanted.items() if name.startswith(place)}
         then = before.get(covariate["name"])
         for name, tensor in own.items():
@@ -104,9 +133,9 @@ def with_new_covariates(
             if then is None:
                 weights[name] = tensor.clone() if part.startswith("first.") else torch.zeros_like(tensor)
             elif "words" in covariate:
-                table = state_dict[places[covariate["name"]] + part]
+                table = state_dict[old_places[covariate["name"]] + part]
                 rows = [then["words"].index(w) if w in then["words"] else -1 for w in covariate["words"]]
                 weights[name] = table[[*rows, -1]].to(tensor.dtype)
             else:
-                weights[name] = state_dict[places[covariate["name"]] + part]
+                weights[name] = state_dict[old_places[covariate["name"]] + part]
     return weights

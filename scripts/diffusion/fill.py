@@ -33,8 +33,8 @@ def filled(
         hole: boolean, of that shape.
         repeats: how often each step is taken; the time grows as it.
     """
-    x = noise
-    told, generators = sampler.conditions_of(x, None), sampler.generators(x)
+    asked, x = sampler.asked_of(noise, None), sampler.without_images(noise)
+    generators = sampler.generators(x)
     again = [torch.Generator(x.device).manual_seed(volume_seed(one) ^ 1) for one in x]  # another stream than theirs
     nothing = torch.zeros_like(x)
     last = len(sampler.timesteps) - 1
@@ -43,6 +43,6 @@ def filled(
             if repeat:
                 z = torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device) for g in again])
                 x = noised_again(sampler, i, x, z)
-            x0 = torch.where(hole, sampler.sample(i, x, told), known)
+            x0 = torch.where(hole, sampler.sample(i, x, asked), known)
             x = sampler.onward(i, x, x0, nothing, generators)
     return x

@@ -17,10 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class GuidedNetwork(nn.Module):
-    """`predict(x, timesteps, conditions) -> prediction` of a network, with the state dict of that network alone.
+    """`predict(x, timesteps, asked) -> prediction` of a network, with the state dict of that network alone.
 
-    A condition is what `scripts.running.covariates` says: (B,) int64 of a network with one word, such as its class,
-    else (B, covariates) float32; it may be unknown, in whole or in part. The output is guided
+    What is asked of a volume is its condition and its condition image. A condition is what `scripts.running.covariates`
+    says: (B,) int64 of a network with one word, such as its class, else (B, covariates) float32; it may be unknown, in
+    whole or in part. A condition image is what `scripts.running.condition_images` says, (B, C, *spatial), and 0 where
+    it is unknown. The output is guided
     (Ho & Salimans 2022, Eq. 6, whose w is guidance_scale - 1):
 
         guided = unconditional + guidance_scale * (conditional - unconditional).
@@ -31,7 +33,7 @@ class GuidedNetwork(nn.Module):
     Args:
         unet: a network (x, timesteps) -> prediction, such as MONAI's `DiffusionModelUNet`; with covariates,
             (x, timesteps, class_labels=...) -> prediction. Its `unknown` is the condition that says nothing; with
-            `num_class_embeds` n alone it is n - 1.
+            `num_class_embeds` n alone it is n - 1. A condition image is further channels of x.
         condition: of volumes that are given none; None for unknown.
         guidance_scale: 1 takes the conditional output as it is, with one pass of the network a step; others take two.
         amp_dtype: autocast the network to this type; None for float32. Not used when scripted.
@@ -39,7 +41,7 @@ class GuidedNetwork(nn.Module):
             at a time from there on, down to one; the volumes are the same. Not used when scripted.
 
     Raises:
-        BundleError: a condition that the network cannot have, guidance of a network without covariates; when called, a
+        BundleError: a condition that the network cannot have, guidance of a network without conditions; when called, a
             pass that the GPU's memory does not suffice for.
     """
 
@@ -57,6 +59,7 @@ class GuidedNetwork(nn.Module):
         self.halve_batch_on_oom = as_bool(halve_batch_on_oom=halve_batch_on_oom)
         self.most: int = 0  # volumes of a pass that the memory suffices for; 0 where nothing speaks against any number
         self.num_class_embeds = getattr(unet, "num_class_embeds", None)
+        self.shown: int = getattr(unet, "in_channels", 1) - getattr(unet, "out_channels", 1)  # C of condition images
         unknown = getattr(unet_of(unet), "unknown", (self.num_class_embeds or 1) - 1)
         self.register_buffer("unknown", torch.tensor(unknown), persistent=False)
         given = self.unknown if condition is None else torch.tensor(condition, dtype=self.unknown.dtype)
@@ -66,27 +69,47 @@ class GuidedNetwork(nn.Module):
         if not right:
             kind = f"an index from 0 to {unknown}" if not self.unknown.ndim else f"{len(unknown)} numbers"
             raise BundleError(f"condition: {condition!r} was given; the network takes {kind}")
-        if self.guidance_scale != 1 and self.num_class_embeds is None:
+        if self.guidance_scale != 1 and self.num_class_embeds is None and not self.shown:
             raise BundleError(
                 f"guidance_scale: {guidance_scale!r} was given, but the network knows no covariates; expected 1"
             )
 
-    def conditions_of(self, noise: torch.Tensor, conditions: torch.Tensor | None) -> torch.Tensor:
-        """The condition of each volume of a batch, (B,) or (B, covariates): those given, or `condition`."""
-        if conditions is None:
-            return self.condition.to(noise.device).unsqueeze(0).repeat_interleave(noise.shape[0], 0)
-        return conditions
+    def without_images(self, noise: torch.Tensor) -> torch.Tensor:
+        """The noise alone, of noise that may have condition images as further channels."""
+        return noise[:, :1] if self.shown > 0 else noise
 
-    def predict(self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
-        """The guided float32 output of the network for x_t (B, C, *spatial), timesteps (B,), conditions (B, ...)."""
-        conditional = self.output(x, timesteps, conditions)
+    def asked_of(self, noise: torch.Tensor, conditions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(condition (B,) or (B, covariates), condition image (B, C, *spatial)) of each volume of a batch.
+
+        Args:
+            noise: with the condition images as further channels, or without: they are then unknown.
+            conditions: None for `condition`.
+        """
+        images = noise[:, 1:] if self.shown > 0 else noise[:, :0]
+        if images.shape[1] != self.shown:
+            images = torch.zeros_like(noise[:, :1]).repeat_interleave(self.shown, 1)
+        if conditions is None:
+            conditions = self.condition.to(noise.device).unsqueeze(0).repeat_interleave(noise.shape[0], 0)
+        return conditions, images
+
+    def predict(
+        self, x: torch.Tensor, timesteps: torch.Tensor, asked: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """The guided float32 output of the network for x_t (B, 1, *spatial), timesteps (B,), and what is asked."""
+        conditions, images = asked
+        conditional = self.output(x, timesteps, conditions, images)
         if self.guidance_scale == 1.0:
             return conditional
-        unconditional = self.output(x, timesteps, self.unknown.to(x.device).expand_as(conditions))
+        nobody = self.unknown.to(x.device).expand_as(conditions)
+        unconditional = self.output(x, timesteps, nobody, torch.zeros_like(images))
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def output(self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+    def output(
+        self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor, images: torch.Tensor
+    ) -> torch.Tensor:
         """One pass of the network, float32."""
+        if self.shown > 0:
+            x = torch.cat([x, images], 1)
         if torch.jit.is_scripting():
             return self.call(x, timesteps, conditions)
         else:

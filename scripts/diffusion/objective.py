@@ -17,6 +17,7 @@ from monai.utils import unsqueeze_right
 
 from scripts.diffusion.process import levels_at, target, timestep_at, training_timesteps
 from scripts.running.checks import check_knobs
+from scripts.running.condition_images import CONDITION_IMAGE
 from scripts.running.covariates import Covariate, unknown_of
 
 
@@ -39,7 +40,8 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
             that validation covers all of them; `timestep_sampling` does not count then.
         covariates: what the network is told of each item, its "condition", see `scripts.running.covariates`.
         class_dropout: probability that a draw loses its condition, which becomes "unknown", so that the network learns
-            both (Ho & Salimans 2022, Algorithm 1). Of several covariates each may also be lost alone, as probably.
+            both (Ho & Salimans 2022, Algorithm 1), and with it its condition image, which becomes 0. Of several
+            covariates each may also be lost alone, as probably, and so may the condition image.
     """
 
     def __init__(
@@ -108,13 +110,17 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         timestep = u * self.num_train_timesteps
         return min(int(timestep) + 1, self.num_train_timesteps) if self.scheduler.use_discrete_timesteps else timestep
 
+    def dropped(self, draw: int) -> list[bool]:
+        """Whether a draw loses all that it is told and shown, each of its covariates, and its condition image."""
+        # the third word sets this stream apart from the noise (0) and from the random transforms (1)
+        words = np.random.SeedSequence([self.seed, draw, 2]).generate_state(2 + self.unknown.numel(), np.uint64)
+        whole, *parts = (words / 2.0**64 < self.class_dropout).tolist()
+        return [whole, *(whole or part for part in parts)]
+
     def kept(self, draw: int, condition: torch.Tensor) -> torch.Tensor:
         """The condition of one sample, or what is left of it where this draw drops it, or parts of it."""
-        # the third word sets this stream apart from the noise (0) and from the random transforms (1)
-        words = np.random.SeedSequence([self.seed, draw, 2]).generate_state(1 + self.unknown.numel(), np.uint64)
-        whole, *parts = words / 2.0**64 < self.class_dropout
-        dropped = torch.tensor([whole or part for part in parts]) if self.unknown.ndim else torch.tensor(whole)
-        return torch.where(dropped, self.unknown, condition)
+        whole, *parts, _ = self.dropped(draw)
+        return torch.where(torch.tensor(parts if self.unknown.ndim else whole), self.unknown, condition)
 
     def __call__(
         self,
@@ -126,7 +132,8 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         """{"image": (B, C, *spatial) in [-1, 1], "draw": (B,)} -> (x_0, target, (), {"noise", "timesteps"}).
 
         With covariates, "condition" of the batch, (B,) int64 or (B, covariates) float32, becomes "class_labels" of the
-        last, as MONAI's U-Net calls it.
+        last, as MONAI's U-Net calls it. A "condition_image" of the batch, (B, C, *spatial), becomes "condition" of the
+        last, in the mode "concat" of MONAI's `DiffusionInferer`.
         """
         images = batchdata["image"].to(device=device, non_blocking=non_blocking, **kwargs)
         drawn = [self.draw(int(d), images.shape[1:], images.device) for d in batchdata["draw"]]
@@ -139,6 +146,10 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
         if self.condition_key:
             conditions = [self.kept(int(d), c) for d, c in zip(batchdata["draw"], batchdata[self.condition_key])]
             extra["class_labels"] = torch.stack(conditions).to(images.device, non_blocking=non_blocking)
+        if CONDITION_IMAGE in batchdata:
+            shown = batchdata[CONDITION_IMAGE].to(images, non_blocking=non_blocking)
+            kept = torch.tensor([not self.dropped(int(d))[-1] for d in batchdata["draw"]]).to(images)
+            extra |= {"condition": shown * unsqueeze_right(kept, shown.ndim), "mode": "concat"}
         return images, wanted, (), extra
 
 
@@ -162,7 +173,10 @@ class AutocastDiffusionInferer(DiffusionInferer):
         class_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """x_0 (B, C, *spatial), conditions (B, ...) if any -> the prediction for its noisy version, float32."""
+        """x_0 (B, C, *spatial), conditions (B, ...) if any -> the prediction for its noisy version, float32.
+
+        What else there may be, such as condition images, is as MONAI's inferer takes it.
+        """
         if class_labels is not None:  # MONAI's own call has no way for them
             diffusion_model = partial(diffusion_model, class_labels=class_labels)
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):

@@ -128,7 +128,9 @@ class DiffusionSampler(GuidedNetwork):
     def forward(
         self, noise: torch.Tensor, conditions: torch.Tensor | None = None, num_inference_steps: int | None = None
     ) -> torch.Tensor:
-        """Standard normal noise (B, C, *spatial) -> volumes of the same shape, in [-1, 1] where `clip_sample`.
+        """Standard normal noise (B, 1, *spatial) -> volumes of the same shape, in [-1, 1] where `clip_sample`.
+
+        A network that is shown images takes them as further channels of the noise, see `GuidedNetwork`.
 
         Each volume's later noise comes from a generator of its own, which is derived from its first noise: a volume is
         the same whatever else is in the batch.
@@ -154,10 +156,10 @@ class DiffusionSampler(GuidedNetwork):
                 steps = range(len(self.timesteps))
                 if self.progress and has_tqdm:
                     steps = tqdm(steps, "denoising", leave=False)
-            told, generators = self.conditions_of(x, conditions), self.generators(x)
-            x0 = torch.zeros_like(x)
+            asked, x = self.asked_of(x, conditions), self.without_images(x)
+            x0, generators = torch.zeros_like(x), self.generators(x)
             for i in steps:
-                x, x0 = self.step(i, x, x0, told, generators)
+                x, x0 = self.step(i, x, x0, asked, generators)
             if not torch.jit.is_scripting():
                 if isinstance(noise, MetaTensor):
                     x = convert_to_dst_type(x, noise)[0]
@@ -178,17 +180,17 @@ class DiffusionSampler(GuidedNetwork):
         i: int,
         x: torch.Tensor,
         previous_x0: torch.Tensor,
-        conditions: torch.Tensor,
+        asked: tuple[torch.Tensor, torch.Tensor],
         generators: list[torch.Generator],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
-        x0 = self.sample(i, x, conditions)
+        x0 = self.sample(i, x, asked)
         return self.onward(i, x, x0, previous_x0, generators), x0
 
-    def sample(self, i: int, x: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+    def sample(self, i: int, x: torch.Tensor, asked: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The network's opinion of x_0 at step i."""
         c = self.table[i]
-        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]), conditions)
+        x0 = c[0] * x + c[1] * self.predict(x, self.timesteps[i].repeat(x.shape[0]), asked)
         return x0.clamp(-1.0, 1.0) if self.clip_sample else x0
 
     def onward(
@@ -208,11 +210,11 @@ class DiffusionSampler(GuidedNetwork):
     @torch.no_grad()
     def trajectory(self, noise: torch.Tensor, every: int = 1) -> list[torch.Tensor]:
         """The volumes on the way: `noise`, x after every `every` steps, and the final volume, each (B, C, *spatial)."""
-        x, x0 = noise, torch.zeros_like(noise)
-        told, generators = self.conditions_of(noise, None), self.generators(noise)
+        asked, x = self.asked_of(noise, None), self.without_images(noise)
+        x0, generators = torch.zeros_like(x), self.generators(x)
         volumes = [x]
         for i in range(len(self.timesteps)):
-            x, x0 = self.step(i, x, x0, told, generators)
+            x, x0 = self.step(i, x, x0, asked, generators)
             if (i + 1) % every == 0 or i + 1 == len(self.timesteps):
                 volumes.append(x)
         return volumes

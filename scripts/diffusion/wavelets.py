@@ -14,6 +14,8 @@ output for LLL is what that coarse network predicts. So a coarse network is the 
 
 For details sigma is their root mean square, and the network predicts v. That is the preconditioning of Karras et al.
 2022 (Eq. 7: c_in = 1 / n_b, c_skip and c_out), up to the sign of the output.
+
+Condition images, which have no noise, go beside the bands as they are: the voxels of each block as channels.
 """
 
 from __future__ import annotations
@@ -85,6 +87,14 @@ def synthesised(bands: torch.Tensor, levels: int) -> torch.Tensor:
     return low
 
 
+def in_blocks(images: torch.Tensor, levels: int) -> torch.Tensor:
+    """(B, C, *spatial) -> (B, 2^(d levels) C, *spatial / 2^levels): all voxels of a channel, then of the next."""
+    blocks = images.split(1, 1)
+    for _ in range(levels):
+        blocks = [halved(block, mixed=False) for block in blocks]
+    return torch.cat(list(blocks), 1)
+
+
 def band_sizes(spatial_dims: int, levels: int, detail_rms: Sequence[float] = DETAIL_RMS) -> torch.Tensor:
     """sigma of each band, in the order of `analysed`: (2^(d levels),) float64.
 
@@ -104,7 +114,8 @@ class WaveletUNet(nn.Module):
     """A U-Net on Haar bands, with the input, output and state dict that it would have had on voxels.
 
     Args:
-        unet: (B, r, *spatial / 2^L), times (B,) -> (B, r, *spatial / 2^L) with r = 2^(d L).
+        unet: (B, r (1 + C), *spatial / 2^L), times (B,) -> (B, r, *spatial / 2^L) with r = 2^(d L) and C channels of
+            condition images.
         wavelet_levels: L, 1 or 2.
         scheduler: of the voxels; gives their noise levels.
         prediction_type: what `forward` gives, see `scripts.diffusion.process`.
@@ -127,7 +138,7 @@ class WaveletUNet(nn.Module):
         super().__init__()
         spatial_dims = next(p.ndim for p in unet.parameters() if p.ndim in (4, 5)) - 2
         channels = 2 ** (spatial_dims * wavelet_levels)
-        if (unet.in_channels, unet.out_channels) != (channels, channels):
+        if unet.out_channels != channels or unet.in_channels % channels:
             raise BundleError(
                 f"wavelet_levels: {wavelet_levels} in {spatial_dims}D takes a network of {channels} input and output "
                 f"channels, but the U-Net has in_channels {unet.in_channels} and out_channels {unet.out_channels}"
@@ -136,7 +147,7 @@ class WaveletUNet(nn.Module):
             raise BundleError(f"detail_rms: {detail_rms!r} was given; it must be {spatial_dims} numbers")
         self.unet = unet
         self.wavelet_levels, self.prediction_type = wavelet_levels, prediction_type
-        self.in_channels = self.out_channels = 1
+        self.in_channels, self.out_channels = unet.in_channels // channels, 1
         self.num_class_embeds = unet.num_class_embeds
         self.register_buffer("sizes", band_sizes(spatial_dims, wavelet_levels, detail_rms), persistent=False)
         self.noise_gain = float(self.sizes[0])  # the voxels' noise-to-signal ratio over that of the coarse volume
@@ -182,15 +193,18 @@ class WaveletUNet(nn.Module):
     ) -> torch.Tensor:
         """x_t (B, 1, *spatial) and timesteps (B,) of the voxels' schedule -> prediction (B, 1, *spatial).
 
-        Every side is a multiple of 2^(L + levels of the U-Net - 1).
+        Condition images are further channels of x. Every side is a multiple of 2^(L + levels of the U-Net - 1).
         """
         if self.continuous:
             times, coefficients = (t.float() for t in self.arithmetic(timesteps))
         else:
             times, coefficients = self.times[timesteps.long()], self.coefficients[timesteps.long()]
         c_in, c_x, c_f = (unsqueeze_right(c, x.ndim) for c in coefficients.unbind(1))
-        bands = analysed(x, self.wavelet_levels)
-        output = self.unet(c_in * bands, times, context=context, class_labels=class_labels)
+        bands = analysed(x[:, :1], self.wavelet_levels)
+        inputs = c_in * bands
+        if self.in_channels > 1:
+            inputs = torch.cat([inputs, in_blocks(x[:, 1:], self.wavelet_levels)], 1)
+        output = self.unet(inputs, times, context=context, class_labels=class_labels)
         return synthesised(c_x * bands + c_f * output, self.wavelet_levels)
 
     def state_dict(self, *args, **kwargs):
@@ -266,22 +280,35 @@ def coarse_process(description: dict[str, Any], scheduler: Scheduler, schedule: 
 
 
 def bands_of(state_dict: dict[str, torch.Tensor]) -> int:
-    """How many channels the network of a state dict takes; 0 where it is no U-Net of MONAI's."""
-    weight = state_dict.get(FIRST + "weight")
-    return weight.shape[1] if isinstance(weight, torch.Tensor) and weight.ndim in (4, 5) else 0
+    """How many channels the network of a state dict gives; 0 where it is no U-Net of MONAI's."""
+    weight = state_dict.get(LAST + "weight")
+    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.ndim in (4, 5) else 0
 
 
-def grown(state_dict: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+def padded(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """A tensor with zeros after its end along an axis."""
+    zeros = tensor.new_zeros([size - n if i == axis else n for i, n in enumerate(tensor.shape)])
+    return torch.cat([tensor, zeros], axis)
+
+
+def grown(
+    state_dict: dict[str, torch.Tensor], bands: int, old: Sequence[Any] = (), new: Sequence[Any] = ()
+) -> dict[str, torch.Tensor]:
     """The weights of a network on few bands as those of one on more that ignores the new ones and gives 0 for them.
 
+    It also ignores condition images that are new, and takes the mean of the voxels where the old one took a voxel.
+
     Args:
-        state_dict: of a U-Net with at most `channels` input and output channels.
-        channels: of the network to be.
+        state_dict: of a U-Net with at most `bands` output channels.
+        bands: of the network to be.
+        old, new: what names each channel of the condition images, of the old network and of that to be.
     """
-    new = dict(state_dict)
-    for name, axis in ((FIRST + "weight", 1), (LAST + "weight", 0), (LAST + "bias", 0)):
-        old = state_dict[name]
-        shape = [channels if i == axis else n for i, n in enumerate(old.shape)]
-        new[name] = old.new_zeros(shape)
-        new[name].narrow(axis, 0, old.shape[axis]).copy_(old)
-    return new
+    weights, before = dict(state_dict), bands_of(state_dict)
+    for name in (LAST + "weight", LAST + "bias"):
+        weights[name] = padded(state_dict[name], 0, bands)
+    image, *shown = state_dict[FIRST + "weight"].split(before, 1)
+    by_name, finer = dict(zip(old, shown, strict=True)), bands // before
+    none = padded(image[:, :0], 1, bands)
+    kernels = [by_name[key].repeat_interleave(finer, 1) / finer if key in by_name else none for key in new]
+    weights[FIRST + "weight"] = torch.cat([padded(image, 1, bands), *kernels], 1)
+    return weights

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from scripts.diffusion.description import check_described, described, labelled, warn_of_assumptions
+from scripts.diffusion.embedding import without_unknown
 from scripts.diffusion.networks import unet_of
 from scripts.diffusion.state_dicts import check_finite, check_fits, read_state_dict
+from scripts.running.covariates import known_covariates
 from scripts.running.errors import BundleError
 from scripts.running.files import save_tensors, write_atomically, write_text
 
@@ -82,9 +84,13 @@ def load_old(unet: nn.Module, state_dict: dict, path: str) -> None:
 def save_weights(state_dict: Mapping[str, torch.Tensor], description: Mapping[str, Any], path: str) -> None:
     """Write a plain state dict with its description inside, as PyTorch or, by its name, as a safetensors file.
 
+    "Unknown" adds nothing in what is written (`without_unknown`), so that programs which know no covariates, such as
+    `monai.bundle.load`, find the network that is told nothing.
+
     Raises:
         BundleError: it cannot be written.
     """
+    state_dict = without_unknown(state_dict, known_covariates(description))
 
     def write(temporary: str) -> None:
         if path.endswith(".safetensors"):
@@ -115,5 +121,6 @@ def release_weights(ckpt_path: str, path: str, weights: str = "ema") -> None:
     state_dict = read_state_dict(ckpt_path, weights)
     check_finite(state_dict, ckpt_path)
     description = described(ckpt_path)
+    state_dict = without_unknown(state_dict, known_covariates(description))  # before rounding
     save_weights({name: t.to(torch.bfloat16) for name, t in state_dict.items()}, description, path)
     write_text(os.path.splitext(path)[0] + ".json", json.dumps(description, indent=4) + "\n")

@@ -36,7 +36,8 @@ def export_onnx(
 ) -> None:
     """Write the network (x (B, 1, *spatial), timesteps (B,)) -> prediction, for any batch and size that it takes.
 
-    A network with covariates also takes `conditions`, as `scripts.diffusion.guidance.GuidedNetwork` has them.
+    Condition images are further channels of x. A network with covariates also takes `conditions`, as
+    `scripts.diffusion.guidance.GuidedNetwork` has them.
 
     ONNX Runtime must give what PyTorch gives, to 1e-4, before the file gets its name.
 
@@ -62,7 +63,7 @@ def export_onnx(
     def write(temporary: str) -> None:
         convert_to_onnx(
             network,
-            [torch.randn([2, 1, *[2**levels] * dims]), *inputs],
+            [torch.randn([2, 1 + sampler.shown, *[2**levels] * dims]), *inputs],
             input_names=names,
             output_names=["prediction"],
             filename=temporary,

@@ -115,7 +115,9 @@ KNOBS = {
     # what the commands share
     "seed": SEED,
     "amp": word("auto", "float32", "bfloat16", "float16"),
-    "channels_last": Knob(lambda value: value == "auto" or SWITCH.fits(value), "true, false or auto (on a GPU)"),
+    "channels_last": Knob(
+        lambda value: value == "auto" or SWITCH.fits(value), "true, false or auto (on a GPU, and on a CPU in float32)"
+    ),
     "compile": Knob(
         lambda value: isinstance(value, str) and value in COMPILE_MODES or SWITCH.fits(value),
         f"true, false or in {COMPILE_MODES}",
@@ -164,6 +166,17 @@ KNOBS = {
         ),
         "in training a list of columns, such as ['age', 'sex']; in sampling what to ask for, such as {'age': 70}",
     ),
+    "condition_images": Knob(
+        lambda value: (
+            isinstance(value, dict) and all(isinstance(end, str) and end for pair in value.items() for end in pair)
+        ),
+        "what lies beside each image, such as {'labels': '_dseg', 't2': '_T2w'}, or {}",
+    ),
+    "made_condition": Knob(
+        lambda value: value is None or isinstance(getattr(value, "condition_images", None), list),
+        "a transform such as scripts.scans.degraded.LowResolutiond, or None",
+    ),
+    "condition_dir": or_none(PATH, "without images to go by"),
     "known": or_none(PATH, "without a scan to fill"),
     "known_mask": or_none(PATH, "without a scan to fill"),
     "class_label": Knob(
@@ -184,7 +197,7 @@ KNOBS = {
     "learning_rate": above(0),
     "max_iterations": whole(1),
     "time_limit": or_none(Knob(above(0).fits, "minutes, above 0"), "for no limit"),
-    "ema_momentum": Knob(lambda value: is_number(value) and 0 < value <= 1, "a number above 0, at most 1"),
+    "ema_momentum": Knob(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1"),
     "activation_checkpointing": Knob(
         lambda value: (
             isinstance(value, str)
@@ -223,6 +236,7 @@ KNOBS = {
     "sigma_max": or_none(above(0), "for the noisiest timestep"),
     "eta": or_none(Knob(lambda value: is_number(value) and value >= 0, "a number from 0"), "for the solver's own"),
     "clip_sample": SWITCH,
+    "background": share(),
     "voxel_size": listed(Knob(above(0).fits, "a length in mm above 0"), 2, 3),
     # evaluation
     "max_volumes": or_none(whole(1), "for all"),

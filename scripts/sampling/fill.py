@@ -16,9 +16,11 @@ from monai.utils import optional_import
 
 from scripts.diffusion.fill import filled
 from scripts.diffusion.sampler import DiffusionSampler
+from scripts.running.condition_images import ConditionImage
 from scripts.running.errors import BundleError
 from scripts.running.pictures import mosaic, save_png, triplanar
 from scripts.sampling.volumes import write_nifti
+from scripts.scans.degraded import RandHoled, with_hole
 from scripts.scans.find import stem
 
 maximum_filter, _ = optional_import("scipy.ndimage", name="maximum_filter")
@@ -123,8 +125,12 @@ def fill(
     seed: int = 0,
     repeats: int = 4,
     device: Any = "cpu",
+    condition_images: Sequence[ConditionImage] = (),
 ) -> list[str]:
     """Write `num_samples` fillings of a scan, each on the scan's own grid, and a picture of all.
+
+    A network that was trained on holes is shown the scan with its hole (`scripts.scans.degraded.with_hole`), and fills
+    it with the sampler as it is; any other is steered by what is known.
 
     Args:
         sampler: with its weights. Its steps are taken with the ancestral solver, "ddpm": of a Gaussian whose answer is
@@ -134,6 +140,7 @@ def fill(
         noise: (seed, volume) -> (1, *spatial).
         output_dir: gets <name of the scan>_filled_seed0_volume000.nii.gz and filled.png.
         repeats: see `scripts.diffusion.fill.filled`.
+        condition_images: of the network.
 
     Returns:
         the paths of the volumes.
@@ -150,12 +157,17 @@ def fill(
     steps = len(sampler.timesteps)
     ancestral = sampler.with_steps(sampler.unet, num_inference_steps=steps, solver="ddpm", eta=None).to(device)
     cube, hole = (torch.as_tensor(part)[None].to(device) for part in (geometry.cube, geometry.hole))
+    of_holes = [each["name"] for each in condition_images] == [each["name"] for each in RandHoled.condition_images]
     centre = [int(axis) for axis in torch.nonzero(hole[0, 0]).double().mean(0).round()]
     paths, strips = [], [triplanar(torch.where(hole, -1.0, cube)[0, 0].cpu().numpy(), centre)]
     os.makedirs(output_dir, exist_ok=True)
     for volume in range(num_samples):
         drawn = torch.as_tensor(noise(seed, volume))[None].to(device)
-        result = filled(ancestral, drawn, cube, hole, repeats)[0].float().cpu()
+        if of_holes:
+            made = sampler(torch.cat([drawn, with_hole(cube[0], hole[0])[None]], 1))
+            result = torch.where(hole, made, cube)[0].float().cpu()
+        else:
+            result = filled(ancestral, drawn, cube, hole, repeats)[0].float().cpu()
         name = f"{stem(str(known))}_filled_seed{seed}_volume{volume:03d}.nii.gz"
         path = os.path.join(output_dir, name)
         content = geometry.back(result)

@@ -85,7 +85,7 @@ class Named(Transform):
 def version_of_code() -> str:
     """A hash of the code that preprocesses images: what was cached with another one is not used."""
     here = Path(__file__)
-    sources = [here.with_name(name).read_bytes() for name in ("transforms.py", "images_2d.py")]
+    sources = [here.with_name(name).read_bytes() for name in ("transforms.py", "images_2d.py", "condition_images.py")]
     return hashlib.sha256(repr([*sources, monai.__version__]).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
 from scripts.running.checks import check_knobs
+from scripts.running.condition_images import CONDITION_IMAGE
 from scripts.running.covariates import one_word
 from scripts.running.errors import root_bundle_error
 from scripts.running.files import write_text
@@ -56,9 +57,9 @@ class VolumeDataset(Dataset):
         seed: of the random transforms.
         num_workers: threads that fill the memory cache.
 
-    An item is {"image": float32 tensor (C, *spatial), "draw": int}, with its "condition" if it has one, and
-    "other_condition", that of another item. It is asked for by (index, draw), see `DrawSampler`; a plain index is its
-    own draw.
+    An item is {"image": float32 tensor (C, *spatial), "draw": int}, with its "condition_image" and "condition" if it
+    has one, and "other_condition", that of another item. It is asked for by (index, draw), see `DrawSampler`; a plain
+    index is its own draw.
 
     Raises:
         BundleError: names a file that cannot be read or preprocessed.
@@ -95,14 +96,16 @@ class VolumeDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index, draw = key if isinstance(key, tuple) else (key, key)
         with plain_errors():
-            item = {"image": self.volumes[index]["image"].float()}
+            volume = self.volumes[index]
+            item = {key: volume[key].float() for key in ("image", CONDITION_IMAGE) if key in volume}
         if self.random_transform is not None:
             # three words, so that the stream differs from the one that `SeededPrepareBatch` draws noise from
             state = np.random.SeedSequence([self.seed, draw, 1]).generate_state(1)
             self.random_transform.set_random_state(seed=int(state[0]))
             item = self.random_transform(item)
         # no MetaTensor, which random transforms make: each operation of the network would carry its history
-        item = {"image": convert_to_tensor(item["image"], track_meta=False).contiguous(), "draw": draw}
+        item = {key: convert_to_tensor(image, track_meta=False).contiguous() for key, image in item.items()}
+        item["draw"] = draw
         other = (index + len(self.conditions) // 2) % len(self.conditions)
         conditions = {"condition": self.conditions[index], "other_condition": self.conditions[other]}
         return item | {key: condition_tensor(value) for key, value in conditions.items() if value is not None}

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -86,6 +86,7 @@ def find_images(
     image_pattern: str | None = None,
     key: str = "dataset_dir",
     exclude: Sequence[str] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> list[dict[str, str]]:
     """All images below a folder, sorted by path; the log counts what is left out.
 
@@ -99,13 +100,14 @@ def find_images(
         key: what the user knows the folder by.
         exclude: names or patterns, as `image_pattern`, of images to leave out; a path without a pattern may also be
             given from `dataset_dir`.
+        beside: {"t2": "_T2w"}: `sub-01_T2w.nii.gz` is then the "t2" of `sub-01.nii.gz`, or of `sub-01_T1w.nii.gz`.
 
     Returns:
-        [{"image": path}, ...], with "mask": path where `mask_suffix` is given.
+        [{"image": path}, ...], with "mask": path where `mask_suffix` is given, and paths for what is `beside`.
 
     Raises:
-        BundleError: names every image that has no mask although `mask_suffix` is given; masks in 2D; a pattern, or an
-            entry of `exclude`, that fits no file.
+        BundleError: an image that lacks its mask although `mask_suffix` is given, or what is to be beside it; masks in
+            2D; a pattern, or an entry of `exclude`, that fits no file.
     """
     if mask_suffix and spatial_dims == 2:
         raise BundleError(f"mask_suffix: {mask_suffix!r} was given, but 2D images are not masked; expected null")
@@ -115,10 +117,9 @@ def find_images(
     every = files_below(dataset_dir, key)
     files = [file for file in every if is_image(file, spatial_dims)]
     tell_of_others(key, every, files)
-    masks = {}
-    if mask_suffix:
-        masks = {(os.path.dirname(f), stem(f)): f for f in files if stem(f).endswith(mask_suffix)}
-        files = [f for f in files if not stem(f).endswith(mask_suffix)]
+    ends = tuple(filter(None, [mask_suffix, *(beside or {}).values()]))
+    partners = {(os.path.dirname(f), stem(f)): f for f in files if ends and stem(f).endswith(ends)}
+    files = [f for f in files if not ends or not stem(f).endswith(ends)]
     if image_pattern is None:
         images = without_labels(key, files)
     else:
@@ -130,16 +131,46 @@ def find_images(
             )
         logger.info(f"{key}: {len(images)} of {len(files)} files fit the image_pattern {image_pattern!r}")
     images = without_excluded(key, once(key, images), exclude, dataset_dir)
-    if not mask_suffix:
-        return [{"image": f} for f in images]
-    pairs = [{"image": f, "mask": masks.get((os.path.dirname(f), stem(f) + mask_suffix), "")} for f in images]
-    without = [p["image"] for p in pairs if not p["mask"]]
+    items = [{"image": f} for f in images]
+    if mask_suffix:
+        add_partners(items, "mask", [(f, stem(f) + mask_suffix) for f in images], partners, "mask_suffix", mask_suffix)
+    for name, suffix in (beside or {}).items():
+        wanted = [(f, *(base + suffix for base in (stem(f), stem(f).rpartition("_")[0]))) for f in images]
+        add_partners(items, name, wanted, partners, "condition_images", suffix)
+    return items
+
+
+def add_partners(
+    items: list[dict[str, str]],
+    name: str,
+    wanted: Sequence[tuple[str, ...]],
+    partners: Mapping[tuple[str, str], str],
+    key: str,
+    suffix: str,
+) -> None:
+    """Give each item the path of a file beside its image.
+
+    Args:
+        items: receive `name`.
+        wanted: of each item the image, and the names without ending that the file may have, the best first.
+        partners: {(folder, name without ending): path}.
+        key, suffix: for the message.
+
+    Raises:
+        BundleError: an image without that file.
+    """
+    without = []
+    for item, (image, *names) in zip(items, wanted, strict=True):
+        found = [partners[place] for end in names if (place := (os.path.dirname(image), end)) in partners]
+        if found:
+            item[name] = found[0]
+        else:
+            without.append((image, names[0]))
     if without:
         raise BundleError(
-            f"mask_suffix: {mask_suffix!r} was given, but {len(without)} of {len(images)} images have no mask beside "
-            f"them, for example {without[0]!r} (expected {stem(without[0]) + mask_suffix}.nii.gz)"
+            f"{key}: {suffix!r} was given, but {len(without)} of {len(items)} images have no {name} beside "
+            f"them, for example {without[0][0]!r} (expected {without[0][1]}.nii.gz)"
         )
-    return pairs
 
 
 def without_excluded(key: str, images: Sequence[str], exclude: Sequence[str], folder: str) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -252,21 +253,29 @@ def examine_picture(path: str) -> Finding:
     return values.finding(False, 2)
 
 
+def partners_of(item: dict) -> list[tuple[str, str]]:
+    """(what it is, path) of each file that lies beside the image of an item."""
+    return [(key, value) for key, value in item.items() if key != "image" and isinstance(value, str) and value]
+
+
 def examine_item(item: dict[str, str], spatial_dims: int = 3) -> Finding:
-    """`examine` an image and its mask, where it has one; the two must be of one grid."""
+    """`examine` an image, and its mask and condition images, where it has some; all must be of one grid."""
     found = examine(item["image"], spatial_dims)
-    if found.problem or not item.get("mask"):
-        return found
-    mask = examine(item["mask"], is_mask=True)
-    problem = mask.problem or problem_of_grid(*(nib.load(item[key]) for key in ("image", "mask")))
-    if problem:
-        return Finding(f"has a mask, {item['mask']!r}, that {problem}")
-    return Finding(doubts=found.doubts + mask.doubts)
+    for key, path in partners_of(item):
+        if found.problem:
+            break
+        beside = examine(path, spatial_dims, is_mask=key == "mask")
+        if key != "mask" and (beside.doubts or re.search("as a mask does|the same value", beside.problem)):
+            beside = Finding()  # a label map has few values, or none but 0
+        problem = beside.problem or (problem_of_grid(item["image"], path) if spatial_dims == 3 else "")
+        found = Finding(f"has a {key}, {path!r}, that {problem}" if problem else "", found.doubts + beside.doubts)
+    return found
 
 
-def problem_of_grid(image: nib.spatialimages.SpatialImage, mask: nib.spatialimages.SpatialImage) -> str:
-    """Why a mask does not lie on its image, as half a sentence: voxel by voxel it is laid on it, each turned to RAS."""
-    both = (image, mask)
+def problem_of_grid(image_path: str, path: str) -> str:
+    """Why a mask or condition image does not lie on its image, as half a sentence: they must agree voxel by voxel, each
+    turned to RAS."""
+    image, mask = both = nib.load(image_path), nib.load(path)
     right, found = (f"shape {each.shape[:3]} and axes {''.join(nib.aff2axcodes(each.affine))}" for each in both)
     if found != right:
         return f"has {found}; expected {right}, as its image has"
@@ -289,10 +298,11 @@ def version_of_checks() -> str:
 
 
 def mark_of(item: dict[str, str], spatial_dims: int) -> str | None:
-    """A hash of path, size and time of change of an image and its mask; None where one of them is not there."""
+    """A hash of path, size and time of change of an image and what lies beside it; None where one of them is not
+    there."""
     marked = hashlib.blake2b(str(spatial_dims).encode(), digest_size=16)
     try:
-        for listed in filter(None, map(item.get, ("image", "mask"))):
+        for listed in [item["image"], *(path for _, path in partners_of(item))]:
             for path in dict.fromkeys((listed, header_of(listed))):
                 stat = os.stat(path)
                 marked.update(os.fsencode(os.path.abspath(path)) + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())

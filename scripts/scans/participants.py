@@ -121,20 +121,20 @@ class Covariates:
         return {"name": name}
 
     def check(self, resumed: bool) -> None:
-        """Raises BundleError where weights to go on with know other covariates."""
+        """Raises BundleError where a run that goes on was begun with other covariates."""
         names = [covariate["name"] for covariate in self.known]
         if len(set(names)) < len(names):
             raise BundleError(f"covariates: {self.names} name one twice (class_names is called {CLASS!r}); once each")
         if resumed:  # classes are compared as the knob class_names, with all others that describe weights
             names = [name for name in names if name != CLASS]
         before = [name for name in self.before if name != CLASS or not resumed]
-        lost = [name for name in before if name not in names]
         changed = [n for n in names if self.words_of(n) != self.before.get(n, {}).get("words")]
-        if lost or resumed and before != names:
+        if resumed and before != names:
             raise BundleError(
-                f"covariates: {names} were given, but the weights to begin with know {before}; expected "
-                f"these{'' if resumed else ' or more'} (with class_names for {CLASS!r})"
+                f"covariates: {names} were given, but the run that goes on was begun with {before}; expected the same"
             )
+        if forgotten := [name for name in before if name not in names]:
+            logger.info(f"covariates: the weights to begin with know {forgotten} too, which this training passes over")
         if resumed and changed:
             name = changed[0]
             raise BundleError(

@@ -30,7 +30,15 @@ from tqdm import tqdm
 from scripts.running.errors import BundleError
 from scripts.scans.find import is_image
 
-__all__ = ["Ellipsoid", "draw_head", "ellipsoid_coverage", "phantom_cohort", "shepp_logan_phantom"]
+__all__ = [
+    "Ellipsoid",
+    "draw_head",
+    "ellipsoid_coverage",
+    "phantom_cohort",
+    "phantom_labels",
+    "second_contrast",
+    "shepp_logan_phantom",
+]
 
 # Modified 3D Shepp-Logan table: geometry of [2] and [4], contrasts of [3]. One row an ellipsoid:
 #   grey value added | semi-axes along x, y, z | centre x, y, z | rotation about z in degrees, counter-clockwise
@@ -51,7 +59,11 @@ INTERIOR = (
 
 MIN_SIZE = 16  # voxels; below this the ventricles are no longer two
 INT16_SCALE = 1000  # grey value 1.0 in a NIfTI file
-PHANTOM_FILE = re.compile(r"phantom_\d{3,}\.nii\.gz")
+PHANTOM_FILE = re.compile(r"phantom_\d{3,}(_dseg|_T2w)?\.nii\.gz")
+LABELS = {"skull": 1, "brain": 2, "ventricles": 3}
+# A second contrast: fluid and lesions are bright, whatever the lesion is in the first, of which it is no function.
+SECOND_SKULL, SECOND_BRAIN = 0.25, 0.45
+SECOND_INTERIOR = (0.45, 0.45, -0.15, -0.2, 0.2, 0.2, -0.2, 0.2, 0.35)
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,30 @@ def shepp_logan_phantom(
     return np.minimum(np.hypot(signal + real, imaginary), 1.0).astype(np.float32)
 
 
+def phantom_labels(spatial_shape: Sequence[int], seed: int | Sequence[int], person: Person | None = None) -> np.ndarray:
+    """The label map (X, Y, Z) uint8 of `shepp_logan_phantom` with these arguments: `LABELS`, and 0 around the head."""
+    shape = _checked_shape(spatial_shape)
+    skull, brain, *interior = draw_head(_generator(seed), person)
+    head, inside = (ellipsoid_coverage(shape, part) > 0.5 for part in (skull, brain))
+    fluid = np.logical_or.reduce([ellipsoid_coverage(shape, part) > 0.5 for part in interior[:2]])
+    labels = np.where(inside, np.where(fluid, LABELS["ventricles"], LABELS["brain"]), LABELS["skull"])
+    return np.where(head, labels, 0).astype(np.uint8)
+
+
+def second_contrast(
+    spatial_shape: Sequence[int], seed: int | Sequence[int], person: Person | None = None
+) -> np.ndarray:
+    """The head of `shepp_logan_phantom` with these arguments as another pulse sequence shows it, (X, Y, Z) float32."""
+    shape = _checked_shape(spatial_shape)
+    skull, brain, *interior = draw_head(_generator(seed), person)
+    head = ellipsoid_coverage(shape, skull)
+    signal = SECOND_BRAIN - SECOND_SKULL
+    signal = signal + sum(grey * ellipsoid_coverage(shape, part) for grey, part in zip(SECOND_INTERIOR, interior))
+    signal = np.maximum(SECOND_SKULL * head + ellipsoid_coverage(shape, brain) * signal, 0.02 * head)
+    noise = 0.01 * head * _generator((*np.atleast_1d(seed), 2)).standard_normal(shape, dtype=np.float32)
+    return np.clip(signal + noise, 0.0, 1.0).astype(np.float32)
+
+
 def phantom_cohort(
     dataset_dir: str | os.PathLike,
     num_subjects: int = 48,
@@ -141,6 +177,7 @@ def phantom_cohort(
     voxel_size: float = 4.0,
     seed: int = 0,
     people: bool = False,
+    images: bool = False,
 ) -> str:
     """Make sure that a folder holds data to train on: phantoms, unless the user's own volumes are already there.
 
@@ -156,6 +193,8 @@ def phantom_cohort(
         voxel_size: edge of the cubic voxels in mm, > 0.
         seed: integer >= 0; subject `i` of the seed is the same head whatever `num_subjects` is.
         people: each phantom is of a person, whose age and sex a BIDS participants.tsv beside the volumes says.
+        images: beside `phantom_000.nii.gz` come its label map, `phantom_000_dseg.nii.gz`, and the same head in a second
+            contrast, `phantom_000_T2w.nii.gz`.
 
     Returns:
         `dataset_dir` as a str, so that a config can use the call itself as the name of the folder.
@@ -168,8 +207,10 @@ def phantom_cohort(
         return folder
     _check_cohort(num_subjects, voxel_size, seed)
     shape = _checked_shape(spatial_shape)
-    names = [f"phantom_{subject:03d}.nii.gz" for subject in range(num_subjects)]
-    missing = [subject for subject, name in enumerate(names) if not os.path.exists(os.path.join(folder, name))]
+    kinds = {"": shepp_logan_phantom} | ({"_dseg": phantom_labels, "_T2w": second_contrast} if images else {})
+    ids = [(subject, end) for subject in range(num_subjects) for end in kinds]
+    names = {(i, end): os.path.join(folder, f"phantom_{i:03d}{end}.nii.gz") for i, end in ids}
+    missing = [key for key, path in names.items() if not os.path.exists(path)]
     persons = [draw_person(seed, subject) if people else None for subject in range(num_subjects)]
     if not missing:
         return folder
@@ -180,10 +221,10 @@ def phantom_cohort(
             _write_atomically(
                 os.path.join(folder, "participants.tsv"), "".join(["participant_id\tage\tsex\n", *rows]).encode()
             )
-        for subject in tqdm(missing, desc="phantoms", unit="volume"):
-            image = _nifti(shepp_logan_phantom(shape, (seed, subject), persons[subject]), voxel_size)
+        for subject, end in tqdm(missing, desc="phantoms", unit="volume"):
+            image = _nifti(kinds[end](shape, (seed, subject), persons[subject]), voxel_size)
             image.header["descrip"] = f"Shepp-Logan phantom, seed {seed}, subject {subject}"
-            _write_atomically(os.path.join(folder, names[subject]), gzip.compress(image.to_bytes(), 6, mtime=0))
+            _write_atomically(names[subject, end], gzip.compress(image.to_bytes(), 6, mtime=0))
     except OSError as error:
         raise BundleError(
             f"dataset_dir: the phantoms cannot be written to the folder {folder} ({error.strerror or error});"
@@ -301,10 +342,10 @@ def _bias_field(head: np.ndarray, weights: np.ndarray, depth: float) -> np.ndarr
 
 
 def _nifti(phantom: np.ndarray, voxel_size: float) -> nib.Nifti1Image:
-    """(X, Y, Z) grey values in [0, 1] as an int16 RAS image, 0 to 1000, `voxel_size` in mm, middle at world 0."""
+    """(X, Y, Z) grey values in [0, 1], as int16 0 to 1000, or labels; RAS, `voxel_size` in mm, middle at world 0."""
     affine = np.diag([voxel_size, voxel_size, voxel_size, 1.0])
     affine[:3, 3] = -voxel_size * (np.array(phantom.shape) - 1) / 2
-    image = nib.Nifti1Image(np.rint(INT16_SCALE * phantom).astype(np.int16), affine)
+    image = nib.Nifti1Image(phantom if phantom.dtype == np.uint8 else np.int16(np.rint(INT16_SCALE * phantom)), affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
     image.header.set_xyzt_units("mm")

@@ -15,6 +15,8 @@ from monai.utils import convert_to_dst_type, convert_to_tensor
 from scipy.interpolate import BSpline
 from torch.nn import functional as F
 
+from scripts.running.condition_images import CONDITION_IMAGE
+
 
 @lru_cache
 def spline_basis(side: int, pieces: int) -> torch.Tensor:
@@ -44,12 +46,21 @@ def along_axes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tenso
     return x
 
 
+def warped_channel(image: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """(1, *spatial) with background 0, warped; one of 0 and 2 alone, a label above -1, by nearest neighbour."""
+    if bool(((image == 0) | (image == 2)).all()):
+        return F.grid_sample(image[None], grid, "nearest", "zeros", align_corners=True)[0]
+    image = along_axes(image, [sharpening(side) for side in image.shape[1:]])
+    return F.grid_sample(image[None], grid, "bilinear", "zeros", align_corners=True)[0]
+
+
 class RandWarpd(RandomizableTransform, MapTransform):
     """Move, turn, stretch and bend an image at random, by linear interpolation that keeps its spectrum.
 
     The bending is a field of cubic B-splines whose control points are independent normal numbers. Every image of `keys`
     moves alike. Input and output: (1, *spatial) float, 2D or 3D, with 0 as background, which is what comes in from
-    outside. Values may leave their range by a few percent at edges, as with splines.
+    outside; a condition image (C, *spatial) has -1 there, and its label channels, of -1 and 1 alone, are not
+    interpolated. Values may leave their range by a few percent at edges, as with splines.
 
     Args:
         prob: how often anything is done.
@@ -109,7 +120,7 @@ class RandWarpd(RandomizableTransform, MapTransform):
         grid = self.grid(first.shape[1:])
         for key in self.key_iterator(item):
             image = convert_to_tensor(item[key], dtype=torch.float32, track_meta=False)
-            image = along_axes(image, [sharpening(side) for side in image.shape[1:]])
-            warped = F.grid_sample(image[None], grid, "bilinear", "zeros", align_corners=True)
-            item[key] = convert_to_dst_type(warped[0], item[key])[0]
+            background = -1 if key == CONDITION_IMAGE else 0
+            channels = [warped_channel(channel[None] - background, grid) + background for channel in image]
+            item[key] = convert_to_dst_type(torch.cat(channels), item[key])[0]
         return item

@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.utils import optional_import
 
+from scripts.running.condition_images import CONDITION_IMAGE
 from scripts.running.covariates import Covariate, one_word, unknown_of
 from scripts.running.pictures import mosaic, save_png, triplanar, write_figure
 from scripts.running.processes import shared_out
@@ -31,7 +32,7 @@ class PreviewHandler(IntervalHandler):
 
     Args:
         sampler: module, noise (B, C, *spatial), and conditions (B, ...) where there are covariates, -> volumes in
-            [-1, 1]; its network should be the EMA one.
+            [-1, 1]; its network should be the EMA one. Condition images are further channels of the noise.
         spatial_shape: of the volumes.
         interval: in iterations.
         records: of the run. Its folder receives previews/preview_00002500.png and so on, previews/epoch_00120.png and
@@ -41,6 +42,7 @@ class PreviewHandler(IntervalHandler):
         covariates: of the network, see `scripts.running.covariates`. The volumes take the words of one word in turn, a
             row each, or else the conditions of `subjects`.
         subjects: items of a dataset with a "condition"; without any, nothing is known of the volumes.
+        volumes: the dataset of `subjects`, whose condition images, if any, the volumes are made from.
         epochs: whole numbers; 0 is before the first iteration, 120 after the last one of the 120th epoch.
     """
 
@@ -54,6 +56,7 @@ class PreviewHandler(IntervalHandler):
         seed: int = 0,
         covariates: Sequence[Covariate] = (),
         subjects: Sequence[Mapping[str, Any]] = (),
+        volumes: Sequence[Mapping[str, Any]] = (),
         epochs: Sequence[int] = (),
     ) -> None:
         super().__init__(interval)
@@ -61,6 +64,7 @@ class PreviewHandler(IntervalHandler):
         self.folder = records.path("previews")
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(num_samples, 1, 1, *spatial_shape, generator=generator)
+        self.volumes = volumes
         self.conditions: list[torch.Tensor] | None = None
         self.rows: list[int] | None = None
         if one_word(covariates):
@@ -68,8 +72,18 @@ class PreviewHandler(IntervalHandler):
             self.conditions = [torch.tensor(row) for row in self.rows]
         elif covariates:
             every = [item["condition"] for item in subjects] or [unknown_of(covariates)]
-            chosen = np.linspace(0, len(every) - 1, num_samples).round().astype(int)
-            self.conditions = [torch.tensor(every[i], dtype=torch.float32) for i in chosen]
+            self.conditions = [torch.tensor(every[i], dtype=torch.float32) for i in self.chosen(len(every))]
+
+    def chosen(self, count: int) -> list[int]:
+        """Evenly chosen places of `count`, one a volume."""
+        return np.linspace(0, count - 1, len(self.noise)).round().astype(int).tolist()
+
+    def with_images(self) -> torch.Tensor:
+        """The noise, with the condition images of subjects as further channels where there are any."""
+        if not len(self.volumes) or CONDITION_IMAGE not in self.volumes[0]:
+            return self.noise
+        images = torch.stack([self.volumes[i][CONDITION_IMAGE] for i in self.chosen(len(self.volumes))])
+        return torch.cat([self.noise, images[:, None]], 2)
 
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
@@ -80,7 +94,8 @@ class PreviewHandler(IntervalHandler):
 
     def strips(self, engine: Engine) -> list[np.ndarray]:
         """The samples of the network as it is now, each as `triplanar` gives it; the processes share them out."""
-        inputs = [self.noise] if self.conditions is None else [self.noise, torch.stack(self.conditions)[:, None]]
+        noise = self.with_images()
+        inputs = [noise] if self.conditions is None else [noise, torch.stack(self.conditions)[:, None]]
 
         def strip(each: tuple[torch.Tensor, ...]) -> np.ndarray:
             return triplanar(self.sampler(*(x.to(engine.state.device) for x in each))[0, 0].cpu().numpy())

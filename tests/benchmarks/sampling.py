@@ -165,7 +165,7 @@ def ours(turns: Turns, arguments) -> None:
         whole.amp_dtype = dtype
     for steps in {1, min(arguments.steps, most)}:
         sample(noise_of(16, arguments), steps)
-    serve(turns, arguments, lambda x, t: whole.predict(x, t, whole.labels(x, None)), sample, total, most)
+    serve(turns, arguments, lambda x, t: whole.predict(x, t, whole.asked_of(x, None)), sample, total, most)
 
 
 def prepare(arguments, folder: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 
 from scripts.diffusion.asked import conditions_asked, requests
-from scripts.diffusion.embedding import CovariateEmbedding, with_covariates, with_new_covariates
+from scripts.diffusion.embedding import CovariateEmbedding, with_covariates, with_new_covariates, without_unknown
 from scripts.diffusion.objective import SeededPrepareBatch
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.wavelets import in_wavelets
@@ -132,9 +132,30 @@ def test_words_are_found_again_by_their_names():
     table = torch.arange(12.0).reshape(3, 4)
     wanted = CovariateEmbedding(new, 4).state_dict()
     weights = with_new_covariates(
-        {"class_embedding.weight": table}, old, new, {f"class_embedding.{k}": v for k, v in wanted.items()}
-    )
-    assert torch.equal(weights["class_embedding.parts.0.weight"], table[[0, 1, 2, 2]])  # a new word begins as unknown
+        {"class_embedding.weight": table, "time_embed.2.bias": torch.ones(4)},
+        old, new, {f"class_embedding.{k}": v for k, v in wanted.items()},
+    )  # fmt: skip
+    assert torch.equal(weights["class_embedding.parts.0.weight"], (table - table[2])[[0, 1, 2, 2]])  # "a" is unknown
+    assert torch.equal(weights["time_embed.2.bias"], 1 + table[2])
+
+
+@pytest.mark.parametrize("covariates", [BOTH, [AGE], [SEX]])
+def test_without_its_embedding_a_network_is_the_one_that_is_told_nothing(covariates):
+    told, plain = unet_with(covariates), unet_with([])
+    x, times = noise(2), torch.tensor([3, 90])
+    values = [{"age": 30, "sex": "m"}, {}]
+    labels = torch.tensor([encoded(each, covariates) for each in values])
+    nothing = torch.tensor([unknown_of(covariates)] * 2)
+    before, unknown = told(x, times, class_labels=labels), told(x, times, class_labels=nothing)
+    weights = without_unknown(told.state_dict(), covariates)
+    told.load_state_dict(weights)
+    torch.testing.assert_close(told(x, times, class_labels=labels), before, atol=1e-5, rtol=1e-5)
+    plain.load_state_dict({k: v for k, v in weights.items() if not k.startswith("class_embedding")})
+    torch.testing.assert_close(plain(x, times), unknown, atol=1e-5, rtol=1e-5)
+    again = without_unknown(weights, covariates)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    # what a training without them begins with
+    assert with_new_covariates(told.state_dict(), covariates, [], {}).keys() == plain.state_dict().keys()
 
 
 def test_what_is_asked_for_is_one_for_all_a_list_in_turn_or_a_sweep(caplog):

@@ -42,6 +42,8 @@ RIGHT = {  # which of `VALUES` a knob may be; a knob that is not here may be non
     "class_dropout": "0",
     "covariates": "a [] none",  # a text, as of a client, or a list of columns
     "covariate_table": "a none",
+    "made_condition": "none",
+    "condition_dir": "a none",
     "known": "a none",
     "known_mask": "a none",
     "learning_rate": "1.5",
@@ -61,6 +63,7 @@ RIGHT = {  # which of `VALUES` a knob may be; a knob that is not here may be non
     "sigma_max": "1.5 none",
     "eta": "0 1.5 none",
     "clip_sample": "true",
+    "background": "0",
     "halve_batch_on_oom": "true",
 }
 NOT_HERE = {"imports", "bundle_root", "dataset_dir", "onnx_path"}  # a folder without scans has sentences of its own
@@ -198,10 +201,19 @@ def test_another_word_for_a_switch_is_refused(value):
         checks.as_bool(resume=value)
 
 
-@pytest.mark.parametrize("amx, avx512, expected", [(0, 0, None), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)])
-def test_a_cpu_gets_bfloat16_where_its_hardware_has_it(monkeypatch, amx, avx512, expected):
+@pytest.mark.parametrize(
+    "amx, avx512, name, expected",
+    [
+        (0, 0, "AMD EPYC", None),
+        (1, 0, "Intel Xeon", torch.bfloat16),
+        (0, 1, "AMD EPYC", torch.bfloat16),
+        (0, 1, "Intel Xeon", None),
+    ],
+)
+def test_a_cpu_gets_bfloat16_where_it_is_faster_with_it(monkeypatch, amx, avx512, name, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     assert amp_dtype("auto", torch.device("cpu")) is expected
 
 
@@ -216,7 +228,7 @@ def test_a_cpu_gets_bfloat16_where_its_hardware_has_it(monkeypatch, amx, avx512,
     ],
 )
 def test_bfloat16_is_not_trained_on_a_cpu_where_its_gradients_are_wrong(monkeypatch, sides, levels, safe):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert amp_dtype("auto", "cpu", sides, levels) is (torch.bfloat16 if safe else None)
     if safe:
         assert amp_dtype("bfloat16", "cpu", sides, levels) is torch.bfloat16

@@ -96,7 +96,7 @@ def test_what_is_odd_is_said(tmp_path, scans, caplog):
     assert "ml is '9000', far from all others" in caplog.text
 
 
-def test_weights_to_go_on_with_keep_their_words_and_scale(tmp_path, scans):
+def test_weights_to_go_on_with_keep_their_words_and_scale(tmp_path, scans, caplog):
     write(tmp_path / "participants.tsv", ROWS)
     before = {
         "covariates": [
@@ -109,5 +109,12 @@ def test_weights_to_go_on_with_keep_their_words_and_scale(tmp_path, scans):
     assert age == {"name": "age", "mean": 50.0, "std": 20.0, "min": 20, "max": 62.5} and sex["words"] == ["m", "f"]
     with pytest.raises(BundleError, match="the words of 'sex' are .*, but the run that goes on was begun with"):
         Covariates(["sex", "age"], None, dataset_dir=str(tmp_path), description=before, resumed=True)
-    with pytest.raises(BundleError, match=r"\['age'\] were given, but the weights to begin with know \['sex', 'age'\]"):
-        Covariates(["age"], None, dataset_dir=str(tmp_path), description=before)
+    caplog.set_level("INFO")
+    assert [c["name"] for c in Covariates(["age"], None, dataset_dir=str(tmp_path), description=before).known] == [
+        "age"
+    ]
+    assert "the weights to begin with know ['sex'] too, which this training passes over" in caplog.text
+    with pytest.raises(
+        BundleError, match=r"\['age'\] were given, but the run that goes on was begun with \['sex', 'age'\]"
+    ):
+        Covariates(["age"], None, dataset_dir=str(tmp_path), description=before, resumed=True)

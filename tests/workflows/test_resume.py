@@ -52,6 +52,8 @@ MAY_CHANGE = {
     "class_table": None,
     "covariates": [],
     "covariate_table": None,
+    "condition_images": {},
+    "made_condition": None,
     "class_dropout": 0.5,
     "learning_rate": 0.002,
     "batch_size": 1,

@@ -241,6 +241,7 @@ def test_the_network_is_verified_and_exported_from_the_command_line(trained, tmp
         "meta_file": "configs/metadata.json",
         "config_file": "configs/inference.json",
         "num_inference_steps": 2,
+        "ckpt_path": trained / "models/model.pt",  # which says what the network knows
     } | TINY_NETWORK
     done = run_bundle(
         "verify_net_in_out", "network_def", device="cpu", **common,
@@ -256,6 +257,7 @@ def test_the_network_is_verified_and_exported_from_the_command_line(trained, tmp
     parser.read_config(str(ROOT / "configs/inference.json"))
     knobs = {key: ast.literal_eval(value) for key, value in TINY_NETWORK.items()}
     parser.update(knobs | {"num_inference_steps": 2, "solver": "dpmpp_2m", "amp": "float32"})
+    parser["ckpt_path"] = str(trained / "models/model.pt")
     eager = parser.get_parsed_content("network_def")
     load_weights(eager, str(trained / "models/model.pt"))
     for batch in (1, 3):
