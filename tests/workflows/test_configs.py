@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.transforms import Compose
 
 CONFIGS = ROOT / "configs"
@@ -22,8 +22,8 @@ def resolved(content, config):
         return {key: resolved(value, config) for key, value in content.items()}
     if content == "$len(@spatial_shape)":
         return len(config["spatial_shape"])
-    if content == "$2 ** (len(@spatial_shape) * @wavelet_levels)":
-        return 2 ** (len(config["spatial_shape"]) * config["wavelet_levels"])
+    if isinstance(content, str) and content.startswith("$2 ** (len(@spatial_shape) * @wavelet_levels)"):
+        return 2 ** (len(config["spatial_shape"]) * config["wavelet_levels"])  # and no condition images
     if content == "@num_class_embeds":  # the weights of the bundle know no covariates
         return None
     if isinstance(content, str) and re.fullmatch(r"@\w+", content):
@@ -74,7 +74,7 @@ def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, 
     network = parser.get_parsed_content("network_def")
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == million
     side, levels = parser["spatial_shape"][0] // 2 ** parser["wavelet_levels"], parser["attention_levels"]
-    attended = 8 if parser["wavelet_levels"] else 16  # the grid is that of the 32^3 network
+    attended = 16 if preset.startswith(("paper", "wide")) else 8  # the grid is that of the 32^3 network
     assert [side // 2**i for i, on in enumerate(levels) if on] == [attended]
     level = levels.index(True)
     assert parser["num_head_channels"][level] == parser["channels"][level]  # one head
@@ -83,7 +83,17 @@ def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, 
 def test_the_default_network_is_the_papers_at_half_its_side():
     train, preset = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "presets/paper_64"))
     assert train["spatial_shape"] == [32, 32, 32] and train["wavelet_levels"] == 0
-    assert preset == {"spatial_shape": [64, 64, 64], "wavelet_levels": 0}
+    assert preset == {"spatial_shape": [64, 64, 64], "wavelet_levels": 0, "timestep_sampling": "uniform"}
+
+
+def test_the_weights_at_64_belong_to_their_preset(tmp_path):
+    names = [str(CONFIGS / f"{name}.json") for name in ("inference", "presets/size_64")]
+    path, places = str(ROOT / "models/model_64.pt"), {"bundle_root": str(ROOT), "output_dir": str(tmp_path)}
+    workflow = create_workflow(
+        config_file=names, workflow_type="inference", ckpt_path=path, logging_file=False, device="cpu", **places
+    )  # loads them, and compares what describes them
+    known = workflow.parser.get_parsed_content("known_covariates")
+    assert [each["name"] for each in known] == ["age", "sex", "dataset", "lateral_ventricles_ml"]
 
 
 def test_few_subjects_are_varied_as_brains_vary(cohort):
