@@ -161,17 +161,19 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=250, schedule="cosine")
 
 
-def small_unet(**options: bool | int) -> DiffusionModelUNet:
+def small_unet(**options: bool) -> DiffusionModelUNet:
     """A small network whose weights are random, its last layer too (MONAI's begins as zero)."""
     torch.manual_seed(0)
     network = DiffusionModelUNet(
         spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
         channels=[8, 8],
         attention_levels=[False, True],
         num_head_channels=[0, 8],
         num_res_blocks=1,
         norm_num_groups=8,
-        **{"in_channels": 1, "out_channels": 1} | options,
+        **options,
     )
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.1)

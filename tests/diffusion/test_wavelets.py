@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sample, small_unet, train, workflow
+from conftest import ROOT, sample, train, workflow
 from gaussian import MEAN, STD
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from scipy.linalg import hadamard
 from torch import nn
 
+from scripts.diffusion.description import described
 from scripts.diffusion.process import PREDICTION_TYPES, levels_at, sample_coefficients, target
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.solvers import SOLVERS
@@ -26,7 +27,7 @@ from scripts.diffusion.wavelets import (
     in_wavelets,
     synthesised,
 )
-from scripts.diffusion.weights import save_weights
+from scripts.diffusion.weights import load_weights
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.training.start import begin_with
 
@@ -201,6 +202,26 @@ def test_details_have_unit_variance_at_every_level():
         np.testing.assert_allclose(inner.x.std((0, 2, 3, 4)), 1, atol=0.03)
 
 
+def shipped():
+    """The network of the weights that come with version 0.4's kind of model.json, plain."""
+    path = str(ROOT / "models/model.pt")
+    return path, described(path)
+
+
+def unet_of_size(description, channels: int) -> DiffusionModelUNet:
+    torch.manual_seed(0)
+    return DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=channels,
+        out_channels=channels,
+        channels=description["channels"],
+        attention_levels=[False, False, True, False],
+        num_head_channels=[0, 0, 128, 128],
+        num_res_blocks=1,
+        norm_num_groups=32,
+    ).eval()
+
+
 def shifted(scheduler: DDPMScheduler, gain: float) -> DDPMScheduler:
     """A schedule whose timesteps have `gain` times the noise-to-signal ratio: a coarse volume meets `scheduler`'s."""
     a, s = levels_at(scheduler, torch.arange(scheduler.num_train_timesteps))
@@ -209,27 +230,26 @@ def shifted(scheduler: DDPMScheduler, gain: float) -> DDPMScheduler:
     return shifted
 
 
-def grown_from_coarse(folder: Path, levels: int, scheduler) -> tuple[nn.Module, WaveletUNet]:
-    """A network on voxels that predicts the flow, and the same grown by `levels`, which predicts v."""
-    path, sides = str(folder / "model.pt"), [8, 8, 8]
-    description = {"spatial_shape": sides, "num_train_timesteps": 250, "schedule": "cosine", "prediction_type": "flow"}
-    coarse = small_unet()
-    save_weights(coarse.state_dict(), description, path)
+def grown_from_shipped(levels: int, scheduler, prediction_type: str) -> tuple[nn.Module, WaveletUNet, str]:
+    """The shipped network, the same grown by `levels`, and what the shipped one predicts."""
+    path, description = shipped()
+    if description.get("wavelet_levels"):
+        pytest.skip("the shipped network has wavelets itself; growing it needs a coarse one")
+    coarse, finer = unet_of_size(description, 1), unet_of_size(description, 8**levels)
+    load_weights(coarse, path)
     inner = coarse_process(description, scheduler, "cosine")
-    network, other = (
-        WaveletUNet(small_unet(in_channels=8**levels, out_channels=8**levels), levels, scheduler, "v_prediction", inner)
-        for _ in range(2)
-    )
-    begin_with(path, network, other, {"spatial_shape": [side * 2**levels for side in sides]})
-    return coarse, network
+    network = WaveletUNet(finer, levels, scheduler, prediction_type, inner)
+    sides = [side * 2**levels for side in description["spatial_shape"]]
+    begin_with(path, network, unet_of_size(description, 8**levels), {"spatial_shape": sides})
+    return coarse, network, description["prediction_type"]
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("outer", OUTER)
-def test_a_grown_network_sees_the_coarse_volume_as_the_coarse_network_does(levels, outer, tmp_path):
+def test_a_grown_network_sees_the_coarse_volume_as_the_coarse_network_does(levels, outer):
     """x_0 of the fine network, averaged over blocks, is x_0 of the coarse one at the same ratio of noise to signal."""
     scheduler = OUTER[outer]
-    coarse, network = grown_from_coarse(tmp_path, levels, scheduler)
+    coarse, network, predicted = grown_from_shipped(levels, scheduler, "v_prediction")
     gain, t = 8 ** (levels / 2), scheduler.num_train_timesteps
     timesteps = torch.tensor([t // 10, t // 2, t - 10])
     x = torch.randn(3, 1, *[8 * 2**levels] * 3, generator=torch.Generator().manual_seed(0))
@@ -242,19 +262,19 @@ def test_a_grown_network_sees_the_coarse_volume_as_the_coarse_network_does(level
         x0 = p * x + q * network(x, timesteps)
         low = analysed(x, levels)[:, :1] / (gain**2 * a**2 + s**2).sqrt()
         output = coarse(low.float(), torch.from_numpy(time).float())
-    p, q = sample_coefficients("flow", 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt())
+    p, q = sample_coefficients(predicted, 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt())
     wanted = p * low + q * output
     torch.testing.assert_close(nn.functional.avg_pool3d(x0, 2**levels), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "gaussian_2m"])
-def test_a_grown_networks_volume_averaged_over_blocks_is_the_coarse_volume(solver, tmp_path):
+def test_a_grown_networks_volume_averaged_over_blocks_is_the_coarse_volume(solver):
     scheduler = shifted(COSINE, 8**0.5)
-    coarse, network = grown_from_coarse(tmp_path, 1, scheduler)
+    coarse, network, predicted = grown_from_shipped(1, scheduler, "v_prediction")
     noise = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1))
     options = {"timestep_spacing": "logsnr", "clip_sample": False}
     fine = DiffusionSampler(network, scheduler, 8, solver, "v_prediction", sigma_max=160, **options)
-    small = DiffusionSampler(coarse, COSINE, 8, solver, "flow", sigma_max=160, **options)
+    small = DiffusionSampler(coarse, COSINE, 8, solver, predicted, sigma_max=160, **options)
     assert torch.equal(fine.timesteps, small.timesteps)
     a, s = levels_at(scheduler, fine.timesteps[:1])
     first = (analysed(noise, 1)[:, :1] / (8 * a**2 + s**2).sqrt()).float()  # 1.00002: a begins a little above 0
