@@ -6,9 +6,16 @@ import ast
 import csv
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -72,10 +79,50 @@ def bundle_command(*verb: str, **overrides: object) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "monai.bundle", *verb, *options]
 
 
+def quiet() -> dict[str, str]:
+    """An environment of one thread and no GPU."""
+    return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+
 def run_bundle(*verb: str, cwd: Path = ROOT, **overrides: object) -> subprocess.CompletedProcess:
     """Run a command of the bundle to its end; stdout and stderr come as text."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.run(bundle_command(*verb, **overrides), cwd=cwd, env=env, text=True, capture_output=True)
+    return subprocess.run(bundle_command(*verb, **overrides), cwd=cwd, env=quiet(), text=True, capture_output=True)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return it.getsockname()[1]
+
+
+class Served(NamedTuple):
+    """A page that is open, `log()` is what its program has said so far."""
+
+    port: int
+    log: Callable[[], str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def serving(command: list[str], port: int, cwd: Path = ROOT) -> Iterator[Served]:
+    """A command that serves a page, once the page is there; it ends with the block."""
+    with NamedTemporaryFile("w+") as file:
+        process = subprocess.Popen(command, cwd=cwd, env=quiet(), stdout=file, stderr=file)
+        try:
+            while True:
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer:
+                    assert answer.status == 200
+                    break
+                assert process.poll() is None, Path(file.name).read_text()
+                time.sleep(0.2)
+            yield Served(port, lambda: Path(file.name).read_text())
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def train(dataset_dir: Path | str, output: Path, **overrides: object) -> subprocess.CompletedProcess:

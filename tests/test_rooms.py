@@ -17,6 +17,7 @@ MAY_IMPORT = {  # room -> rooms, besides itself
     "sampling": {"running", "scans", "diffusion"},
     "evaluation": {"running", "scans", "diffusion"},
     "release": {"running", "diffusion"},
+    "page": {"running", "diffusion", "sampling"},
 }
 
 

@@ -6,7 +6,7 @@ once in float64 from the levels that are really visited; after the last timestep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from inspect import signature
 
@@ -207,17 +207,16 @@ class DiffusionSampler(GuidedNetwork):
         return x
 
     @torch.jit.unused
-    @torch.no_grad()
-    def trajectory(self, noise: torch.Tensor, every: int = 1) -> list[torch.Tensor]:
-        """The volumes on the way: `noise`, x after every `every` steps, and the final volume, each (B, C, *spatial)."""
-        asked, x = self.asked_of(noise, None), self.without_images(noise)
-        x0, generators = torch.zeros_like(x), self.generators(x)
-        volumes = [x]
+    def on_the_way(self, noise: torch.Tensor, conditions: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """x after each step, (B, 1, *spatial), one at a time: the last is what `forward` returns for the same."""
+        noise = torch.as_tensor(noise).as_subclass(torch.Tensor)
+        with torch.no_grad():
+            asked, x = self.asked_of(noise, conditions), self.without_images(noise)
+            x0, generators = torch.zeros_like(x), self.generators(x)
         for i in range(len(self.timesteps)):
-            x, x0 = self.step(i, x, x0, asked, generators)
-            if (i + 1) % every == 0 or i + 1 == len(self.timesteps):
-                volumes.append(x)
-        return volumes
+            with torch.no_grad():  # not around the `yield`, where other code runs
+                x, x0 = self.step(i, x, x0, asked, generators)
+            yield x
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by `torch.jit.script`."""

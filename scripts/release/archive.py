@@ -1,4 +1,4 @@
-"""The bundle as others receive it: a zip for `monai.bundle download`, a folder for the Hugging Face Hub."""
+"""The bundle as others receive it: a zip for `monai.bundle download`, folders for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,15 @@ from scripts.running.errors import BundleError
 from scripts.running.files import write_atomically
 
 logger = logging.getLogger(__name__)
+APP = """from monai.bundle import run
+
+run("page", config_file="configs/page.json", host="0.0.0.0")
+"""
+SPACE = """# Synthetic brain MRI
+
+A network draws volumes out of noise while one watches. Synthetic, for research only. What the network was trained on,
+and what it can and cannot do, is said in docs/README.md.
+"""
 RELATIVE_LINK = re.compile(r"\]\((?!\w+:|[#/])([^)\s]+)")
 
 
@@ -78,16 +88,13 @@ def relinked(text: str, source: str, target: str) -> str:
     return RELATIVE_LINK.sub(link, text)
 
 
-def write_hub_folder(bundle_root: str, contents: Sequence[str], card: dict[str, Any], path: str) -> None:
-    """Lay out the folder that `hf upload` sends and `huggingface_hub.snapshot_download` brings back.
-
-    It is the bundle, but the hub shows README.md as the model card: that is docs/README.md with a YAML head here, and
-    the bundle's own README.md becomes docs/usage.md.
+@contextmanager
+def new_folder(bundle_root: str, contents: Sequence[str], path: str) -> Iterator[Path]:
+    """The files of a release in a folder that appears at `path` once the block has added the rest.
 
     Args:
         bundle_root: folder of the bundle.
         contents: patterns, see `release_files`.
-        card: the head's keys and values, https://huggingface.co/docs/hub/model-cards.
         path: the folder, which must not exist: what an earlier release left there would be uploaded too.
 
     Raises:
@@ -103,11 +110,49 @@ def write_hub_folder(bundle_root: str, contents: Sequence[str], card: dict[str, 
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(bundle_root, file), folder / file)
-        head = "".join(f"{key}: {json.dumps(value)}\n" for key, value in card.items())  # JSON values are YAML values
+        yield folder
+        os.replace(folder, path)
+    logger.info(f"wrote {path}, {len(files)} files of the bundle")
+
+
+def with_head(card: dict[str, Any], text: str) -> str:
+    """A page of the hub: keys and values between lines of dashes, then the text. JSON values are YAML values."""
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in card.items()) + f"---\n\n{text}"
+
+
+def write_hub_folder(bundle_root: str, contents: Sequence[str], card: dict[str, Any], path: str) -> None:
+    """Lay out the folder that `hf upload` sends and `huggingface_hub.snapshot_download` brings back.
+
+    It is the bundle, but the hub shows README.md as the model card: that is docs/README.md with a YAML head here, and
+    the bundle's own README.md becomes docs/usage.md.
+
+    Args:
+        bundle_root, contents, path: see `new_folder`.
+        card: the head's keys and values, https://huggingface.co/docs/hub/model-cards.
+
+    Raises:
+        BundleError: see `new_folder`.
+    """
+    with new_folder(bundle_root, contents, path) as folder:
         for page in folder.glob("docs/*.md"):
             page.write_text(page.read_text().replace("](../README.md", "](usage.md"))
         readme, model_card = (Path(bundle_root, file).read_text() for file in ("README.md", "docs/README.md"))
         (folder / "docs/usage.md").write_text(relinked(readme, "README.md", "docs/usage.md"))
-        (folder / "README.md").write_text(f"---\n{head}---\n\n" + relinked(model_card, "docs/README.md", "README.md"))
-        os.replace(folder, path)
-    logger.info(f"wrote {path}, {len(files) + 1} files")
+        (folder / "README.md").write_text(with_head(card, relinked(model_card, "docs/README.md", "README.md")))
+
+
+def write_space_folder(bundle_root: str, contents: Sequence[str], card: dict[str, Any], path: str) -> None:
+    """Lay out a Space of the hub: the bundle, and an app.py that opens its page (`run page`).
+
+    Args:
+        bundle_root, contents, path: see `new_folder`.
+        card: the head's keys and values, https://huggingface.co/docs/hub/spaces-config-reference.
+
+    Raises:
+        BundleError: see `new_folder`.
+    """
+    with new_folder(bundle_root, contents, path) as folder:
+        needed = [(folder / f"requirements{part}.txt").read_text() for part in ("", "-page")]
+        (folder / "requirements.txt").write_text("".join(needed))
+        (folder / "app.py").write_text(APP)
+        (folder / "README.md").write_text(with_head(card, SPACE))

@@ -10,7 +10,7 @@ import torch
 from monai.networks.utils import convert_to_onnx
 from torch import nn
 
-from scripts.release.loaded import loaded
+from scripts.diffusion.loaded import loaded
 from scripts.running.files import write_atomically
 
 logger = logging.getLogger(__name__)

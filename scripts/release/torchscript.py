@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import save_net_with_metadata
 
-from scripts.release.loaded import loaded, parser_of
+from scripts.diffusion.loaded import loaded, parser_of
 from scripts.running.files import write_atomically
 
 logger = logging.getLogger(__name__)

@@ -238,6 +238,9 @@ KNOBS = {
     "clip_sample": SWITCH,
     "background": share(),
     "voxel_size": listed(Knob(above(0).fits, "a length in mm above 0"), 2, 3),
+    # the page
+    "host": Knob(lambda value: isinstance(value, str) and bool(value), "an address, such as 127.0.0.1"),
+    "port": Knob(lambda value: is_whole(value) and 0 < value < 65536, "a whole number from 1 to 65535"),
     # evaluation
     "max_volumes": or_none(whole(1), "for all"),
     "num_pairs": whole(1),

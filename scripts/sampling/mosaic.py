@@ -23,14 +23,14 @@ def save_denoising(
     """Write the way from noise to volume as a PNG: a column a moment, a row a plane (sagittal, coronal, axial).
 
     Args:
-        sampler: a `DiffusionSampler`, for its `trajectory`.
+        sampler: a `DiffusionSampler`, for its `on_the_way`.
         noise: standard normal noise of one volume, (1, C, *spatial), on the sampler's device.
         path: of the picture.
         num_frames: columns, evenly chosen among the steps; the first is the noise, the last the volume.
     """
-    volumes = sampler.trajectory(torch.as_tensor(noise).as_subclass(torch.Tensor))
+    volumes = [noise[:, :1], *sampler.on_the_way(noise)]
     chosen = np.unique(np.linspace(0, len(volumes) - 1, num_frames).round().astype(int))
-    strips = [triplanar(volumes[i][0, 0].cpu().numpy()) for i in chosen]
+    strips = [triplanar(torch.as_tensor(volumes[i])[0, 0].cpu().numpy()) for i in chosen]
     cube = noise.ndim == 5 and len(set(noise.shape[2:])) == 1  # three planes of one size
     columns = [np.concatenate(np.split(s, 3, 1), 0) if cube else s for s in strips]
     factor = max(1, -(-96 // noise.shape[-1]))

@@ -140,20 +140,25 @@ class SaveVolumes:
 
     def __call__(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output):
-            noise = item["image"]
-            seed, volume = int(noise.meta["seed"]), int(noise.meta["volume"])
-            voxels = torch.as_tensor(output["pred"])[0].cpu().numpy()
-            path = self.path(seed, volume, item, voxels.ndim)
-            if bad := np.count_nonzero(~np.isfinite(voxels)):
-                raise BundleError(
-                    f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; expected "
-                    "finite weights, --amp float32 or another solver"
-                )
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"
-            description += f", {item['said']}" if item["said"] else ""
-            if voxels.ndim == 2:
-                save_grey(voxels, path, description, self.mark)
-            else:
-                save_nifti(voxels, noise.affine.numpy(), path, description, self.mark)
-            logger.info(f"wrote {path}")
+            self.save(item, output["pred"])
+
+    def save(self, item: Mapping[str, Any], pred: torch.Tensor) -> str:
+        """Write one volume of a batch, (1, *spatial) in [0, 255], and return its path."""
+        noise = item["image"]
+        seed, volume = int(noise.meta["seed"]), int(noise.meta["volume"])
+        voxels = torch.as_tensor(pred)[0].cpu().numpy()
+        path = self.path(seed, volume, item, voxels.ndim)
+        if bad := np.count_nonzero(~np.isfinite(voxels)):
+            raise BundleError(
+                f"{path!r} was not written: {bad} of its {voxels.size} voxels are NaN or infinite; expected "
+                "finite weights, --amp float32 or another solver"
+            )
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"
+        description += f", {item['said']}" if item["said"] else ""
+        if voxels.ndim == 2:
+            save_grey(voxels, path, description, self.mark)
+        else:
+            save_nifti(voxels, noise.affine.numpy(), path, description, self.mark)
+        logger.info(f"wrote {path}")
+        return path

@@ -16,11 +16,11 @@ def test_all_timesteps_of_ddpm_are_monais_posterior(unet, scheduler):
         assert c_z**2 == pytest.approx(float(scheduler._get_variance(t)), rel=1e-3)
 
 
-def test_the_trajectory_ends_at_the_volume_and_begins_at_the_noise(unet, scheduler):
+def test_the_way_has_every_step_and_ends_at_the_volume(unet, scheduler):
     sampler = DiffusionSampler(unet, scheduler, 7, "ddpm")
     noise = torch.randn(2, 1, 8, 8, 8)
-    volumes = sampler.trajectory(noise, every=3)
-    assert len(volumes) == 1 + 3 and torch.equal(volumes[0], noise)
+    volumes = [*sampler.on_the_way(noise)]
+    assert len(volumes) == 7 and volumes[0].shape == noise.shape
     assert torch.equal(volumes[-1], sampler(noise))
 
 

@@ -48,7 +48,7 @@ def test_images_change_the_volume_and_unknown_ones_are_zero(scheduler, levels):
     archive = torch.jit.script(sampler)
     torch.testing.assert_close(archive(torch.cat([noise, images], 1)), shown, atol=1e-5, rtol=0)
     torch.testing.assert_close(archive(noise), plain, atol=1e-5, rtol=0)
-    assert sampler.trajectory(torch.cat([noise, images], 1))[-1].shape == noise.shape
+    assert [*sampler.on_the_way(torch.cat([noise, images], 1))][-1].shape == noise.shape
 
 
 def test_guidance_leads_away_from_the_network_that_is_shown_nothing(scheduler):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import monai.bundle.scripts as monai_bundle
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run_bundle
+from conftest import ROOT, free_port, run_bundle, serving
 
 from scripts.release.archive import relinked, write_archive, write_hub_folder
 from scripts.running.errors import BundleError
@@ -31,7 +32,7 @@ def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("copy") / "work"
     for part in ("configs", "scripts", "docs", "models"):
         shutil.copytree(ROOT / part, folder / part)
-    for file in ("README.md", "LICENSE", "requirements.txt"):
+    for file in ("README.md", "LICENSE", "requirements.txt", "requirements-page.txt"):
         shutil.copy(ROOT / file, folder)
     for litter in (
         "data/sub-01.nii.gz", "output/samples/a.nii.gz", "models/checkpoint_00000004.pt", "models/previous_1/model.pt",
@@ -63,7 +64,8 @@ def wanted_files() -> set[str]:
     """Everything of the repository that a bundle is made of, told apart by what it must not be."""
     parts = [p for part in ("configs", "scripts", "docs") for p in (ROOT / part).rglob("*") if p.is_file()]
     kept = {p.relative_to(ROOT).as_posix() for p in parts if "__pycache__" not in p.parts and p.name[0] != "."}
-    return kept | {"README.md", "LICENSE", "requirements.txt", "models/model.pt", "models/model.json"}
+    top = {"README.md", "LICENSE", "requirements.txt", "requirements-page.txt"}
+    return kept | top | {"models/model.pt", "models/model.json"}
 
 
 def test_the_archive_holds_the_bundle_and_nothing_else(archive):
@@ -131,6 +133,20 @@ def test_the_model_card_is_read_by_the_hub_and_its_links_lead_somewhere(hub_fold
         local = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
         assert all(page.parent.joinpath(link).exists() for link in local), page
     assert "](docs/data_license.txt)" in pages[0].read_text()
+
+
+def test_the_space_is_the_bundle_and_opens_its_page(hub_folder):
+    space = hub_folder.parent / "space"
+    files = {p.relative_to(space).as_posix() for p in space.rglob("*") if p.is_file()}
+    assert files == wanted_files() | {"app.py"}
+    card = huggingface_hub.RepoCard.load(space / "README.md", repo_type="space")
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "app.py")
+    needed = [line for line in (space / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(line.count("==") == 1 for line in needed) and f"gradio=={card.data.sdk_version}" in needed
+    port = free_port()
+    app = f"import monai.bundle as b; from functools import partial; b.run = partial(b.run, port={port})"
+    with serving([sys.executable, "-W", "ignore", "-c", f"{app}; exec(open('app.py').read())"], port, space) as page:
+        assert "Synthetic brain MRI" in urllib.request.urlopen(page.url).read().decode()
 
 
 def test_links_move_with_their_page():

@@ -150,7 +150,7 @@ def test_a_sampled_image_is_an_upright_png_that_reads_back_as_it_was(tmp_path):
 
 
 def test_the_way_from_noise_to_an_image_is_one_row(tmp_path):
-    sampler = SimpleNamespace(trajectory=lambda noise: [noise * i for i in range(10)])
+    sampler = SimpleNamespace(on_the_way=lambda noise: (noise * i for i in range(10)))
     save_denoising(sampler, torch.randn(1, 1, 24, 8), str(tmp_path / "way.png"), num_frames=4)
     with Image.open(tmp_path / "way.png") as picture:
         assert picture.size == (4 * 24 * 12, 8 * 12)
