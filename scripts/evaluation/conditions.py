@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from scripts.evaluation.evaluator import metric_row, slug
 from scripts.running.covariates import REQUESTS
 from scripts.running.errors import BundleError
 from scripts.running.pictures import save_figure
-from scripts.scans.participants import Covariates
+from scripts.scans.participants import MISSING, Covariates
 
 logger = logging.getLogger(__name__)
 FEWEST = 3  # volumes of which something is known
@@ -126,11 +127,17 @@ class Conditions:
                 )
 
     def asked_of(self, cohort: Cohort, real: Covariates) -> Covariates | None:
-        """What synthetic volumes were asked to be; None where nothing says it."""
+        """What synthetic volumes were asked to be, as far as any was asked; None where nothing says it."""
         path = os.path.join(cohort.folder, REQUESTS)
         try:
-            return Covariates(self.covariates, path, dataset_dir=cohort.folder, description={"covariates": real.known})
-        except BundleError as e:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            asked = [c for c in real.known if any((row.get(c["name"]) or "").lower() not in MISSING for row in rows)]
+            if not asked:
+                return None
+            names = [covariate["name"] for covariate in asked]
+            return Covariates(names, path, dataset_dir=cohort.folder, description={"covariates": asked})
+        except (OSError, BundleError) as e:
             logger.warning(f"{cohort.name}: {e}")
             return None
 

@@ -110,6 +110,17 @@ def test_volumes_of_which_nothing_is_known_are_left_out_and_a_folder_without_a_t
     assert "known of no volume" in measure(cohorts.synthetic[0], cohorts)["notes"][0]
 
 
+def test_volumes_that_were_asked_for_an_age_alone_are_judged_by_it(tmp_path):
+    """As a sweep of one covariate is, of weights that know several."""
+    cohorts = cohorts_in(tmp_path)
+    with open(tmp_path / "synthetic/samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    write(tmp_path / "synthetic/samples.csv", {k: ["n/a" if k == "sex" else row[k] for row in rows] for k in rows[0]})
+    table = {"CSF (% of the brain)": 0.2 * AGES + RNG.normal(size=N)}
+    rows = rows_of(Conditions(["age", "sex"], None, Quantities(real=table, synthetic=table)), cohorts)["synthetic"]
+    assert rows["adherence_age"]["value"] == pytest.approx(1) and rows["adherence_sex"]["value"] is None
+
+
 @pytest.mark.parametrize(
     "names, ages, message",
     [
