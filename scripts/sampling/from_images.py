@@ -10,13 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Compose, SpatialResample
 
 from scripts.diffusion.sampler import DiffusionSampler
-from scripts.running.condition_images import CONDITION_IMAGE, ConditionImage
+from scripts.running.condition_images import ConditionImage
 from scripts.running.errors import BundleError
 from scripts.running.pictures import mosaic, save_png, triplanar
+from scripts.sampling.shown import Shown
 from scripts.sampling.volumes import save_nifti, write_nifti
 from scripts.scans.find import NO_IMAGE, stem, volumes_below
 from scripts.scans.inspect import problem_of_grid
@@ -60,23 +59,6 @@ def images_in(condition_dir: str | None, known: Sequence[ConditionImage]) -> dic
     return found
 
 
-def own_grid(image: nib.Nifti1Image, voxel_size: float) -> tuple[np.ndarray, list[int]]:
-    """(affine, shape) of an image's own grid, its voxels divided along each axis on which they are larger than
-    `voxel_size` in mm, as thick slices are."""
-    spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
-    parts = np.maximum(1, np.round(spacing / voxel_size)).astype(int)
-    finer = np.diag([*(1 / parts), 1.0])
-    finer[:3, 3] = (1 / parts - 1) / 2  # the corner of the volume stays where it is
-    return image.affine @ finer, (np.array(image.shape[:3]) * parts).tolist()
-
-
-def on_grid(cube: MetaTensor, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """A cube (1, *spatial) with its affine, 0 around it, on another grid by linear interpolation."""
-    place = {"dst_affine": torch.as_tensor(affine), "spatial_size": list(shape)}
-    onto = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float64)
-    return torch.as_tensor(onto(cube, **place))[0].numpy().astype(np.float32)
-
-
 def shown_as_one(image: torch.Tensor, known: Sequence[ConditionImage]) -> np.ndarray:
     """A picture of the first condition image: labels as shades of grey, (*spatial) from -1 to 1."""
     labels = len(known[0].get("labels", ()))
@@ -96,7 +78,6 @@ def sample_from_images(
     postprocessing: Callable,
     output_dir: str,
     seed: int = 0,
-    device: Any = "cpu",
 ) -> list[str]:
     """Write volumes for each subject of a folder, on the grid of its images, and a picture with a row a subject.
 
@@ -104,49 +85,39 @@ def sample_from_images(
     it was made from, so that a network for segmentation can be trained on the pairs.
 
     Args:
-        sampler: with its weights.
+        sampler, postprocessing: see `Shown.sample`.
         condition_dir, known: see `images_in` and `scripts.running.condition_images`.
         transforms: the training's deterministic ones.
         noise: (seed, volume) -> (1, *spatial).
         requests: the volumes of each subject, see `scripts.diffusion.asked.requests`.
-        postprocessing: {"pred": volume in [-1, 1]} -> the same in [0, 255].
         output_dir: gets <subject>_seed0_volume000.nii.gz (float32, 0 to 255), the label maps and from_images.png.
 
     Returns:
         the paths of the volumes.
 
     Raises:
-        BundleError: what `images_in` raises; labels that the weights do not know.
+        BundleError: what `images_in` and `Shown` raise.
     """
     subjects = images_in(condition_dir, known)
-    stack = [type(transform).__name__ for transform in transforms].index("StackConditionsd")
-    to_cube, to_channels = Compose(transforms[:stack]), Compose(transforms[stack:])
-    cubes = {subject: to_cube(dict(paths)) for subject, paths in subjects.items()}
-    channels = {subject: to_channels(dict(cube))[CONDITION_IMAGE].float() for subject, cube in cubes.items()}
+    every = {subject: Shown(paths, known, transforms) for subject, paths in subjects.items()}
     written, strips, rows = [], [], []
     for row, (subject, paths) in enumerate(subjects.items()):
-        name = known[0]["name"]
-        affine, shape = own_grid(
-            nib.load(paths[name]), float(np.linalg.norm(np.asarray(cubes[subject][name].affine)[:3, 0]))
-        )
-        strips.append(triplanar(shown_as_one(channels[subject], known)))
+        shown = every[subject]
+        strips.append(triplanar(shown_as_one(shown.image, known)))
         rows.append(row)
         for request in requests:
             volume = request["image"]
-            drawn = torch.cat([noise(seed, volume).as_subclass(torch.Tensor), channels[subject]])[None].to(device)
-            result = sampler(drawn, request["condition"][None].to(device))[0].float().cpu()
-            voxels = torch.as_tensor(postprocessing({"pred": result})["pred"])
-            cube = MetaTensor(voxels, affine=cubes[subject][name].affine)
+            voxels, result = shown.sample(sampler, noise(seed, volume), request["condition"], postprocessing)
             base = os.path.join(output_dir, f"{subject}_seed{seed}_volume{volume:03d}{request['suffix']}")
             os.makedirs(os.path.dirname(base), exist_ok=True)
             description = f"synthetic, brain_mri_ddpm_3d, seed {seed}, volume {volume}"
-            save_nifti(on_grid(cube, affine, shape), affine, base + ".nii.gz", description)
+            save_nifti(voxels, shown.affine, base + ".nii.gz", description)
             for each in known:
                 if "labels" in each:
                     write_nifti(nib.load(paths[each["name"]]), base + each["suffix"] + ".nii.gz")
             logger.info(f"wrote {base}.nii.gz")
             written.append(base + ".nii.gz")
-            strips.append(triplanar(result[0].numpy()))
+            strips.append(triplanar(result))
             rows.append(row)
     save_png(mosaic(strips, labels=rows), os.path.join(output_dir, "from_images.png"), -1, 1)
     return written

@@ -1,14 +1,20 @@
 """Networks that are shown images: trained, sampled from a folder of images, and grown, by the real commands."""
 
 import json
+import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import TINY_NETWORK, run_bundle, train, workflow
+from conftest import ROOT, TINY_NETWORK, run_bundle, train, workflow
+from monai.data import MetaTensor
 from PIL import Image
 
+from scripts.diffusion.loaded import knobs_of_weights, loaded
+from scripts.sampling.shown import on_grid
 from scripts.scans.phantoms import phantom_cohort
 
 SHOWN = {"wavelet_levels": "1", "channels": "[8,8]", "image_pattern": "phantom_???.nii.gz"}
@@ -75,6 +81,62 @@ def test_pairs_of_volumes_and_labels_come_on_the_grid_of_the_label_map(heads, fr
             assert 0 <= voxels[-1].min() and 50 < voxels[-1].max() <= 255
         assert not np.array_equal(*voxels)
     assert Image.open(tmp_path / "out/from_images.png").size[0] > 100
+
+
+def test_the_operator_of_deploys_page_makes_the_same_volume(heads, from_labels, tmp_path, monkeypatch):
+    """With as much of Deploy as it touches; the application itself runs in an environment of its own."""
+
+    class Sent:
+        def __init__(self, voxels, metadata):
+            self.voxels, self.about = voxels, metadata
+
+        def asnumpy(self):
+            return self.voxels
+
+        def metadata(self):
+            return self.about
+
+    nothing = type("Nothing", (), {"__init__": lambda *_, **__: None})
+    core = SimpleNamespace(Application=nothing, Image=Sent, Operator=nothing)
+    modules = {"monai.deploy.core": core, "monai.deploy.conditions": SimpleNamespace(CountCondition=None)}
+    modules["app"] = SimpleNamespace(SEED=7, WriterOperator=None)
+    for name, module in ({"monai.deploy": SimpleNamespace()} | modules).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("BUNDLE", str(ROOT))
+    page = (ROOT / "docs/monai_deploy.md").read_text()
+    names = {"__name__": "from_image"}
+    exec(re.search(r"`from_image.py`:\n\n```python\n(.*?)```", page, re.S)[1], names)
+    folder, sent = asked(heads, tmp_path / "asked", "_dseg"), []
+    reader = names["ReadOperator"](None, files=[folder / "phantom_000_dseg.nii.gz"])
+    reader.compute(None, SimpleNamespace(emit=lambda image, _: sent.append(image)), None)
+    painter = names["FromImageOperator"](None, ckpt_path=str(from_labels / "models/model.pt"))
+    through = SimpleNamespace(receive=lambda _: sent[0]), SimpleNamespace(emit=lambda image, _: sent.append(image))
+    painter.compute(*through, None)
+    knobs = {"num_samples": 1, "seed": 7, "num_inference_steps": 10}  # as many as the process has
+    done = from_images(from_labels, folder, tmp_path / "out", "label_to_image", **knobs)
+    assert done.returncode == 0, done.stderr
+    made = nib.load(tmp_path / "out/phantom_000_seed7_volume000.nii.gz")
+    np.testing.assert_allclose(sent[1].asnumpy().T, made.get_fdata(), atol=1.01)  # Deploy cuts off the decimals
+    np.testing.assert_allclose(sent[1].metadata()["affine"], made.affine, atol=1e-4)
+
+
+def test_monai_label_shows_the_image_that_a_client_names(heads, from_labels, tmp_path):
+    """In the wiring of the overlay: what Label runs is preprocessing, inferer, postprocessing."""
+    folder = asked(heads, tmp_path / "asked", "_dseg")
+    configs = [str(ROOT / f"configs/{name}.json") for name in ("inference", "label_images")]
+    weights = str(from_labels / "models/model.pt")
+    knobs = knobs_of_weights(configs, weights) | {"displayable_configs#seed": 7, "num_inference_steps": 2}
+    parser = loaded(configs, weights, knobs=knobs | {"bundle_root": str(ROOT)})
+    item = parser.get_parsed_content("preprocessing")({"image": str(folder / "phantom_000_dseg.nii.gz")})
+    assert item["image"].shape == (4, 16, 16, 16)  # noise, and three labels
+    pred = parser.get_parsed_content("inferer")(item["image"][None], parser.get_parsed_content("network_def"))
+    pred = parser.get_parsed_content("postprocessing")({"pred": pred[0]})["pred"]
+    knobs = {"num_samples": 1, "seed": 7, "amp": "float32"}
+    done = from_images(from_labels, folder, tmp_path / "out", "label_to_image", **knobs)
+    assert done.returncode == 0, done.stderr
+    made = nib.load(tmp_path / "out/phantom_000_seed7_volume000.nii.gz")
+    cube = MetaTensor(pred, affine=item["image"].affine)
+    np.testing.assert_allclose(on_grid(cube, made.affine, made.shape), made.get_fdata(), atol=0.1)
 
 
 def test_without_images_the_volumes_are_those_of_a_network_that_is_shown_nothing(from_labels, tmp_path):
