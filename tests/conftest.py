@@ -144,7 +144,7 @@ def run_two(*verb, launcher=("--standalone",), overlays=(), env=None, **override
     options = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node=2"]  # wherever PATH leads
     command = [*torchrun, "-m", "monai.bundle", *verb, "--config_file", str(config)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore") | (env or {})
+    env = quiet() | {"PYTHONWARNINGS": "ignore"} | (env or {})
     return subprocess.run([*command, *options], cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
 
 

@@ -54,12 +54,13 @@ def slices(volume: np.ndarray, places: Sequence[int]) -> list[np.ndarray]:
     return [slice_of(volume, axis, int(place)) for axis, place in enumerate(places)]
 
 
-def bar(moment: Moment, count: int, steps: int) -> str:
-    """How far a wish of `count` volumes has come, as HTML."""
-    volumes = f"volume {moment.volume + 1} of {count}, " if count > 1 else ""
+def bar(moment: Moment, steps: int) -> str:
+    """How far a wish has come, as HTML; each of its volumes takes so many steps."""
+    volumes = f"volume {moment.volume + 1} of {moment.count}, " if moment.count > 1 else ""
     state = f"{volumes}step {moment.step} of {steps}" if moment.path is None else f"{volumes}done"
     said = html.escape(f"{moment.said}: {state}" if moment.said else state)
-    return f"<label>{said}<progress max={count * steps} value={moment.volume * steps + moment.step}></progress></label>"
+    done = f"max={moment.count * steps} value={moment.volume * steps + moment.step}"
+    return f"<label>{said}<progress {done}></progress></label>"
 
 
 def values_of(text: str) -> list[Any]:
@@ -169,14 +170,14 @@ def page_of(studio: Studio, folder: str) -> Any:
     def watched(wish: Wish, request: gr.Request) -> Iterator[tuple[str, Moment]]:
         """The moments of a wish, each with a bar, until its visitor has gone."""
         gone = visitors.arrives(request.session_hash)
-        count = len(studio.requests(wish))
         every = max(1, wish.num_inference_steps // FRAMES)
-        for moment in studio.moments(wish, tempfile.mkdtemp(dir=folder)):
-            if gone.is_set():
-                logger.info(f"ended at step {moment.step}: it was stopped, or its page was closed")
-                return
-            if moment.path or moment.step % every == 0:
-                yield bar(moment, count, wish.num_inference_steps), moment
+        with tempfile.TemporaryDirectory(dir=folder) as output_dir:  # Gradio copies what it offers, and keeps it
+            for moment in studio.moments(wish, output_dir):
+                if gone.is_set():
+                    logger.info(f"ended at step {moment.step}: it was stopped, or its page was closed")
+                    return
+                if moment.path or moment.step % every == 0:
+                    yield bar(moment, wish.num_inference_steps), moment
 
     def sample(request: gr.Request, *inputs):
         seed, steps, guidance, *rest = inputs

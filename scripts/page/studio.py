@@ -12,7 +12,7 @@ import torch
 from scripts.diffusion.asked import requests
 from scripts.diffusion.loaded import knobs_of_weights, loaded
 from scripts.running.checks import check_knobs
-from scripts.sampling.volumes import SaveVolumes
+from scripts.sampling.volumes import SaveVolumes, weights_digest
 
 
 class Wish(NamedTuple):
@@ -36,6 +36,7 @@ class Moment(NamedTuple):
 
     Attributes:
         volume: its number among those of the wish.
+        count: how many volumes these are.
         step: how many of its steps are done.
         voxels: (*spatial) float32 on the CPU in [0, 255]: x after that step, or the volume once it is done.
         path: of the file, once the volume is done.
@@ -43,6 +44,7 @@ class Moment(NamedTuple):
     """
 
     volume: int
+    count: int
     step: int
     voxels: torch.Tensor
     path: str | None
@@ -86,7 +88,7 @@ class Studio:
         self.most_steps = int(parser.get_parsed_content("num_train_timesteps"))
         self.draw_noise = parser.get_parsed_content("draw_noise")
         self.postprocessing = parser.get_parsed_content("postprocessing")
-        self.made_with = parser.get_parsed_content("made_with")
+        self.made_with = parser.get_parsed_content("made_with") | {"weights": weights_digest(self.sampler)}
         self.device = torch.device(device)
 
     def requests(self, wish: Wish) -> list[dict[str, Any]]:
@@ -134,14 +136,13 @@ class Studio:
         own = {"num_inference_steps": wish.num_inference_steps, "guidance_scale": wish.guidance_scale}
         own |= {"covariates": dict(wish.covariates)} if wish.covariates else {}
         settings = self.made_with | {key: value for key, value in own.items() if self.made_with.get(key) != value}
-        saver = SaveVolumes(output_dir, self.sampler, settings)
+        saver = SaveVolumes(output_dir, settings=settings)
         for number, request in enumerate(asked):
             noise = self.draw_noise(wish.seed, request["image"])
             conditions = request["condition"][None].to(self.device)
-            x = noise[None]
             for step, x in enumerate(sampler.on_the_way(noise[None].to(self.device), conditions), 1):
                 shown = (127.5 * (x[0, 0].float().cpu() + 1)).clamp(0, 255)
-                yield Moment(number, step, shown, None, request["said"])
+                yield Moment(number, len(asked), step, shown, None, request["said"])
             pred = self.postprocessing({"pred": x[0].cpu()})["pred"]
             path = saver.save({**request, "image": noise}, pred)
-            yield Moment(number, wish.num_inference_steps, torch.as_tensor(pred)[0], path, request["said"])
+            yield Moment(number, len(asked), step, torch.as_tensor(pred)[0], path, request["said"])

@@ -102,7 +102,9 @@ def new_folder(bundle_root: str, contents: Sequence[str], path: str) -> Iterator
     """
     files = release_files(bundle_root, contents)
     if os.path.exists(path):
-        raise BundleError(f"hub_folder: {path!r} is there already; remove it or name a folder that is yet to be made")
+        raise BundleError(
+            f"hub_folder, space_folder: {path!r} is there already; remove it or name a folder that is yet to be made"
+        )
     parent = os.path.dirname(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     with TemporaryDirectory(dir=parent) as temporary:
