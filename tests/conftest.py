@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
+from warm import WarmPython
 
 from scripts.evaluation.cohorts import Cohort
 from scripts.scans.phantoms import phantom_cohort
@@ -73,10 +75,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [*halves[0], *halves[1]]
 
 
+def words(*verb: str, **overrides: object) -> list[str]:
+    """VERB --key value ... as a list."""
+    return [*verb, *(word for key, value in overrides.items() for word in (f"--{key}", str(value)))]
+
+
 def bundle_command(*verb: str, **overrides: object) -> list[str]:
     """`python -m monai.bundle VERB --key value ...` as a list."""
-    options = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-W", "ignore", "-m", "monai.bundle", *verb, *options]
+    return [sys.executable, "-W", "ignore", "-m", "monai.bundle", *words(*verb, **overrides)]
 
 
 def quiet() -> dict[str, str]:
@@ -84,9 +90,14 @@ def quiet() -> dict[str, str]:
     return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
+@cache
+def warm_python() -> WarmPython:
+    return WarmPython(quiet())
+
+
 def run_bundle(*verb: str, cwd: Path = ROOT, **overrides: object) -> subprocess.CompletedProcess:
     """Run a command of the bundle to its end; stdout and stderr come as text."""
-    return subprocess.run(bundle_command(*verb, **overrides), cwd=cwd, env=quiet(), text=True, capture_output=True)
+    return warm_python().run(words(*verb, **overrides), cwd, quiet())
 
 
 def free_port() -> int:
@@ -140,12 +151,11 @@ def sample(ckpt_path: Path, output: Path, **overrides: object) -> subprocess.Com
 
 def run_two(*verb, launcher=("--standalone",), overlays=(), env=None, **overrides):
     """A command of the bundle in two processes; stdout and stderr come as text."""
-    config = [overrides.pop("config_file"), *overlays]
-    options = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    overrides["config_file"] = [overrides["config_file"], *overlays]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node=2"]  # wherever PATH leads
-    command = [*torchrun, "-m", "monai.bundle", *verb, "--config_file", str(config)]
+    command = [*torchrun, "-m", "monai.bundle", *words(*verb, **overrides)]
     env = quiet() | {"PYTHONWARNINGS": "ignore"} | (env or {})
-    return subprocess.run([*command, *options], cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
 
 
 def train_two(dataset_dir, output, overlays=(), **options):

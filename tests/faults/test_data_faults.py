@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK
+from conftest import ROOT, TINY_NETWORK, bundle_command, quiet
 
 from scripts.running.errors import BundleError
 from scripts.scans.find import find_images
@@ -34,11 +34,9 @@ def training(dataset_dir: Path, output: Path, **overrides: object) -> subprocess
     """A training without end, all of whose words land in output/log."""
     output.mkdir()
     knobs = TINY | {"dataset_dir": dataset_dir, "output_dir": output, "ckpt_dir": output / "models"} | overrides
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "training"]
-    command += [w for k, v in ({"config_file": "configs/train.json"} | knobs).items() for w in (f"--{k}", str(v))]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    command = bundle_command("run", "training", config_file="configs/train.json", **knobs)
     with open(output / "log", "w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, env=quiet(), stdout=log, stderr=subprocess.STDOUT)
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:

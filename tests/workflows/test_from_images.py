@@ -44,6 +44,12 @@ def from_labels(heads, tmp_path_factory):
     return output
 
 
+@pytest.fixture
+def in_float32(monkeypatch):
+    """Networks in this process compute in float32 on every CPU: bfloat16 rounds otherwise in another process."""
+    monkeypatch.setattr("scripts.diffusion.acceleration.fast_in_bfloat16", lambda: False)
+
+
 def asked(heads, folder, *ends):
     """A folder with the images of two heads."""
     folder.mkdir()
@@ -83,7 +89,7 @@ def test_pairs_of_volumes_and_labels_come_on_the_grid_of_the_label_map(heads, fr
     assert Image.open(tmp_path / "out/from_images.png").size[0] > 100
 
 
-def test_the_operator_of_deploys_page_makes_the_same_volume(heads, from_labels, tmp_path, monkeypatch):
+def test_the_operator_of_deploys_page_makes_the_same_volume(in_float32, heads, from_labels, tmp_path, monkeypatch):
     """With as much of Deploy as it touches; the application itself runs in an environment of its own."""
 
     class Sent:
@@ -112,7 +118,7 @@ def test_the_operator_of_deploys_page_makes_the_same_volume(heads, from_labels, 
     painter = names["FromImageOperator"](None, ckpt_path=str(from_labels / "models/model.pt"))
     through = SimpleNamespace(receive=lambda _: sent[0]), SimpleNamespace(emit=lambda image, _: sent.append(image))
     painter.compute(*through, None)
-    knobs = {"num_samples": 1, "seed": 7, "num_inference_steps": 10}  # as many as the process has
+    knobs = {"num_samples": 1, "seed": 7, "amp": "float32", "num_inference_steps": 10}  # as many as the process has
     done = from_images(from_labels, folder, tmp_path / "out", "label_to_image", **knobs)
     assert done.returncode == 0, done.stderr
     made = nib.load(tmp_path / "out/phantom_000_seed7_volume000.nii.gz")
@@ -120,7 +126,7 @@ def test_the_operator_of_deploys_page_makes_the_same_volume(heads, from_labels, 
     np.testing.assert_allclose(sent[1].metadata()["affine"], made.affine, atol=1e-4)
 
 
-def test_monai_label_shows_the_image_that_a_client_names(heads, from_labels, tmp_path):
+def test_monai_label_shows_the_image_that_a_client_names(in_float32, heads, from_labels, tmp_path):
     """In the wiring of the overlay: what Label runs is preprocessing, inferer, postprocessing."""
     folder = asked(heads, tmp_path / "asked", "_dseg")
     configs = [str(ROOT / f"configs/{name}.json") for name in ("inference", "label_images")]

@@ -1,6 +1,5 @@
 """The snippets of docs/python.md run as they stand there, one after the other, in a copy of the bundle."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, quiet
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S)
 SMALLER = {  # or it would take minutes
@@ -32,8 +31,7 @@ def notebook(tmp_path_factory):
     code += "\nimport numpy as np\nwith_channel = volume.numpy()\n"
     names = ("voxels", "affine", "volumes", "last_loss", "distance", "with_channel")
     code += f"np.savez('variables.npz', {', '.join(f'{name}={name}' for name in names)})\n"
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run([sys.executable, "-"], input=code, cwd=bundle, env=env, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-"], input=code, cwd=bundle, env=quiet(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return bundle
 

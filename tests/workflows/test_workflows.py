@@ -3,7 +3,6 @@
 import ast
 import csv
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, run_bundle, sample, train, workflow
+from conftest import ROOT, TINY_NETWORK, TINY_TRAINING, bundle_command, quiet, run_bundle, sample, train, workflow
 from monai.bundle import ConfigParser
 
 from scripts.diffusion.weights import load_weights
@@ -69,14 +68,13 @@ def test_a_killed_run_resumes_to_exactly_the_losses_of_one_never_killed(cohort, 
         "resume": "true",
     }
     command = bundle_command("run", "training", config_file="configs/train.json", **knobs)
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=quiet(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "models" / f"checkpoint_0000000{random.choice((2, 4))}.pt"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, env=quiet(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "resumed after iteration" in done.stdout
     assert losses(tmp_path) == losses(trained)  # as text: every digit
