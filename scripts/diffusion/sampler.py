@@ -18,6 +18,7 @@ from monai.utils import convert_to_dst_type, optional_import
 from torch import nn
 
 from scripts.diffusion.asked import conditions_of_text
+from scripts.diffusion.background import without_haze
 from scripts.diffusion.guidance import GuidedNetwork
 from scripts.diffusion.networks import unet_of
 from scripts.diffusion.process import levels_at, sample_coefficients, training_timesteps
@@ -66,6 +67,8 @@ class DiffusionSampler(GuidedNetwork):
             it is that of the coarse volume.
         eta: scale of the noise that "ddim" (0 by default) and "dpmpp_2m_sde" (1) add on the way; None for the default.
         clip_sample: clamp the predicted x_0 to [-1, 1] at every step (as Dorjsembe et al. do).
+        background: at the end all is -1 but the largest region above this share of the range, see `without_haze`; 0 for
+            the network's own background.
         progress: show a bar over the steps. Not used when scripted.
 
     Raises:
@@ -83,6 +86,7 @@ class DiffusionSampler(GuidedNetwork):
         sigma_max: float | None = None,
         eta: float | None = None,
         clip_sample: bool | str = True,
+        background: float = 0.0,
         amp_dtype: torch.dtype | None = None,
         progress: bool = False,
         condition: int | Sequence[float] | None = None,
@@ -91,7 +95,7 @@ class DiffusionSampler(GuidedNetwork):
     ) -> None:
         super().__init__(unet, condition, guidance_scale, amp_dtype, halve_batch_on_oom)
         check_solver(solver, num_inference_steps, scheduler.num_train_timesteps, eta)
-        check_knobs(prediction_type=prediction_type)
+        check_knobs(prediction_type=prediction_type, background=background)
         self.with_steps = partial(
             DiffusionSampler,
             scheduler=scheduler,
@@ -101,13 +105,14 @@ class DiffusionSampler(GuidedNetwork):
             sigma_max=sigma_max,
             eta=eta,
             clip_sample=clip_sample,
+            background=background,
             amp_dtype=amp_dtype,
             progress=progress,
             condition=condition,
             guidance_scale=guidance_scale,
             halve_batch_on_oom=halve_batch_on_oom,
         )
-        self.clip_sample = as_bool(clip_sample=clip_sample)
+        self.clip_sample, self.background = as_bool(clip_sample=clip_sample), float(background)
         self.progress = progress
         timesteps = training_timesteps(scheduler)
         a, s = levels_at(scheduler, timesteps)
@@ -160,6 +165,7 @@ class DiffusionSampler(GuidedNetwork):
             x0, generators = torch.zeros_like(x), self.generators(x)
             for i in steps:
                 x, x0 = self.step(i, x, x0, asked, generators)
+            x = without_haze(x, self.background)
             if not torch.jit.is_scripting():
                 if isinstance(noise, MetaTensor):
                     x = convert_to_dst_type(x, noise)[0]
@@ -216,6 +222,8 @@ class DiffusionSampler(GuidedNetwork):
         for i in range(len(self.timesteps)):
             with torch.no_grad():  # not around the `yield`, where other code runs
                 x, x0 = self.step(i, x, x0, asked, generators)
+                if i == len(self.timesteps) - 1:
+                    x = without_haze(x, self.background)
             yield x
 
     def __prepare_scriptable__(self) -> nn.Module:
