@@ -12,8 +12,8 @@ from torch.nn.functional import max_pool3d
 def largest_region(mask: torch.Tensor) -> torch.Tensor:
     """The largest set of voxels of a boolean mask (*spatial) that are joined by their faces; none of an empty mask.
 
-    Each voxel begins as a region with a number of its own. Then each region takes the largest number that it touches, and
-    the number which that one has taken, until nothing changes.
+    Each voxel begins as a region with a number of its own. Then each region takes the largest number that it touches,
+    and the number which that one has taken, until nothing changes.
     """
     count = mask.numel() + 1
     numbers = torch.arange(1, count, device=mask.device).reshape(mask.shape) * mask

@@ -8,25 +8,12 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.diffusion.description import DESCRIBING, described
-
 
 def parser_of(config_file: str | Sequence[str], knobs: Mapping[str, Any] | None = None) -> ConfigParser:
     """A config file, or several that are merged, with other values of some keys; nothing is made yet."""
     parser = ConfigParser(ConfigParser.load_config_files(config_file))
     parser.update(dict(knobs or {}))
     return parser
-
-
-def knobs_of_weights(config_file: str | Sequence[str], ckpt_path: str) -> dict[str, Any]:
-    """Knobs that a config has otherwise than weights say of themselves: size, network, process.
-
-    With these as `knobs` of `loaded`, weights need no preset. What a config looks up itself is left to it, and so is
-    the class of the scheduler.
-    """
-    config = parser_of(config_file)
-    said = {key: value for key, value in described(ckpt_path).items() if key in DESCRIBING and key != "scheduler"}
-    return {key: v for key, v in said.items() if config.get(key, v) != v and not str(config[key]).startswith("$")}
 
 
 def loaded(

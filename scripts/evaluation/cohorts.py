@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -98,6 +99,36 @@ class Source:
     masks: Mapping[str, str] = field(default_factory=dict)
 
 
+def split_of(real_dir: str) -> dict[str, Any]:
+    """The dataset.json of a training run: {"training": [file, ...], "validation": [...], ...}; {} for a folder.
+
+    Raises:
+        BundleError: a file that is none.
+    """
+    if not (real_dir and os.path.isfile(real_dir) and real_dir.endswith(".json")):
+        return {}
+    try:
+        with open(real_dir) as file:
+            split = json.load(file)
+        return {**split, "training": list(split["training"]), "validation": list(split["validation"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise BundleError(
+            f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); expected "
+            "output/training/dataset.json or a folder of NIfTI volumes"
+        ) from e
+
+
+def preprocessed_as(real_dir: str) -> dict[str, Any]:
+    """The knobs of preprocessing that a training run had, by its dataset.json; {} for a folder.
+
+    Raises:
+        BundleError: see `split_of`.
+    """
+    split = split_of(real_dir)
+    said = {**split.get("data_description", {}), **split}
+    return {key: said[key] for key in ("spatial_shape", "crop_margin", "percentiles") if key in said}
+
+
 def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[str, str] | str) -> dict[str, Source]:
     """{cohort name: where its files are}, in the order of the report.
 
@@ -122,20 +153,13 @@ def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[
             raise BundleError(f"synthetic_dirs: the name {name!r} is taken by a cohort of real volumes; use another")
     keys: dict[str, tuple[str, str | None]] = {REAL: ("real_dir", real_dir)}
     sources: dict[str, Source] = {}
-    if real_dir and os.path.isfile(real_dir) and real_dir.endswith(".json"):
-        try:
-            with open(real_dir) as file:
-                split = json.load(file)
-            sides = {REAL: list(split["training"]), HELD_OUT: list(split["validation"])}
-            folder = split.get("dataset_dir")
-            if not folder:  # versions before 0.5 did not write it
-                folder = os.path.commonpath([os.path.dirname(file) for files in sides.values() for file in files])
-            sources = {name: Source(folder, files, dict(split.get("masks", {}))) for name, files in sides.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise BundleError(
-                f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); expected "
-                "output/training/dataset.json or a folder of NIfTI volumes"
-            ) from e
+    split = split_of(real_dir)
+    if split:
+        sides = {REAL: split["training"], HELD_OUT: split["validation"]}
+        folder = split.get("dataset_dir")
+        if not folder:  # versions before 0.5 did not write it
+            folder = os.path.commonpath([os.path.dirname(file) for files in sides.values() for file in files])
+        sources = {name: Source(folder, files, dict(split.get("masks", {}))) for name, files in sides.items()}
         if held_out_dir:
             raise BundleError(f"held_out_dir: {held_out_dir!r} was given, but {real_dir!r} names the held-out files")
         keys = {}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scripts.diffusion.asked import requests
-from scripts.diffusion.loaded import knobs_of_weights, loaded
+from scripts.diffusion.loaded import loaded
 from scripts.running.checks import check_knobs
 from scripts.sampling.volumes import SaveVolumes, weights_digest
 
@@ -79,9 +79,8 @@ class Studio:
         knobs: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.changed = knobs_of_weights(config_file, ckpt_path) | dict(knobs or {})  # a command line has to say them
-        parser = loaded(config_file, ckpt_path, weights, self.changed, device)
-        self.ckpt_path = ckpt_path
+        parser = loaded(config_file, ckpt_path, weights, knobs, device)
+        self.ckpt_path, self.knobs = ckpt_path, dict(knobs or {})  # a command line has to say them
         self.sampler = parser.get_parsed_content("network")
         self.covariates = parser.get_parsed_content("known_covariates")
         self.spatial_shape = tuple(parser.get_parsed_content("spatial_shape"))
@@ -104,7 +103,7 @@ class Studio:
         """The command line that makes the same volumes."""
         options = {
             "ckpt_path": self.ckpt_path,
-            **self.changed,
+            **self.knobs,
             "seed": wish.seed,
             "num_samples": 1,
             "num_inference_steps": wish.num_inference_steps,

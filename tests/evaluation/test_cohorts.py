@@ -7,9 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
-from scripts.evaluation.cohorts import load_cohorts, matching_label_maps, sources_of
+from scripts.evaluation.cohorts import load_cohorts, matching_label_maps, preprocessed_as, sources_of
 from scripts.running.errors import BundleError
 
 
@@ -159,6 +161,19 @@ def test_a_dataset_json_of_another_kind_gets_a_sentence(tmp_path):
     (tmp_path / "other.json").write_text('{"train": []}')
     with pytest.raises(BundleError, match="not a dataset.json of a training run"):
         sources_of(str(tmp_path / "other.json"), None, {"a": str(tmp_path)})
+
+
+def test_volumes_are_preprocessed_as_in_the_training_that_a_dataset_json_is_of(trained, tmp_path):
+    path = str(trained / "dataset.json")
+    assert preprocessed_as(path) == {"spatial_shape": [16, 16, 16], "crop_margin": 2, "percentiles": [0.5, 99.5]}
+    assert preprocessed_as(str(tmp_path)) == {}
+    for name in ("evaluate", "reader_study"):
+        parser = ConfigParser()
+        parser.read_config(str(ROOT / f"configs/{name}.json"))
+        parser["real_dir"] = path
+        assert parser.get_parsed_content("spatial_shape") == [16, 16, 16]
+        parser["spatial_shape"] = [24, 24, 24]  # of the command line
+        assert parser.get_parsed_content("spatial_shape") == [24, 24, 24]
 
 
 @pytest.mark.parametrize("dataset_dir, expected", [("/data/glioma/d", "/data/glioma/d"), (None, "/data/glioma")])

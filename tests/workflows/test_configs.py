@@ -31,8 +31,17 @@ def resolved(content, config):
     return content
 
 
+def as_if_nothing_were_written_down(name):
+    """A config, in which the knobs that weights or a training may say of themselves have their defaults."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    parser = ConfigParser(config | {"description": {}, "trained": {}})
+    looked_up = [key for key, value in config.items() if re.match(r"\$@(description|trained)\.get\(", str(value))]
+    return config | {key: parser.get_parsed_content(key) for key in looked_up}
+
+
 def test_one_network_in_three_files():
-    train, inference = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "inference"))
+    train = json.loads((CONFIGS / "train.json").read_text())
+    inference = as_if_nothing_were_written_down("inference")
     network = resolved(train["network_def"], train)
     assert resolved(inference["network_def"]["unet"]["unet"], inference) == network == METADATA["network_def"]
     assert resolved(inference["network_def"]["scheduler"], inference) == resolved(train["scheduler"], train)
@@ -44,7 +53,7 @@ def test_one_network_in_three_files():
 
 
 def test_volumes_are_compared_in_the_size_that_is_sampled():
-    configs = [json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("inference", "evaluate", "reader_study")]
+    configs = [as_if_nothing_were_written_down(name) for name in ("inference", "evaluate", "reader_study")]
     assert len({tuple(config["spatial_shape"]) for config in configs}) == 1
 
 
@@ -86,12 +95,14 @@ def test_the_default_network_is_the_papers_at_half_its_side():
     assert preset == {"spatial_shape": [64, 64, 64], "wavelet_levels": 0, "timestep_sampling": "uniform"}
 
 
-def test_the_weights_at_64_belong_to_their_preset(tmp_path):
-    names = [str(CONFIGS / f"{name}.json") for name in ("inference", "presets/size_64")]
+@pytest.mark.parametrize("presets", [[], ["presets/size_64"]])
+def test_the_weights_at_64_need_no_preset_and_belong_to_theirs(presets, tmp_path):
+    names = [str(CONFIGS / f"{name}.json") for name in ("inference", *presets)]
     path, places = str(ROOT / "models/model_64.pt"), {"bundle_root": str(ROOT), "output_dir": str(tmp_path)}
     workflow = create_workflow(
         config_file=names, workflow_type="inference", ckpt_path=path, logging_file=False, device="cpu", **places
     )  # loads them, and compares what describes them
+    assert list(workflow.parser.get_parsed_content("spatial_shape")) == [64, 64, 64]
     known = workflow.parser.get_parsed_content("known_covariates")
     assert [each["name"] for each in known] == ["age", "sex", "dataset", "lateral_ventricles_ml"]
 

@@ -115,3 +115,17 @@ def test_bad_input_gets_a_sentence_at_once(folders, tmp_path, overrides, sentenc
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: " in done.stderr and sentence in done.stderr, done.stderr
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_after_a_training_neither_sampling_nor_evaluation_is_told_its_size(trained, tmp_path):
+    weights, samples = trained / "models/model.pt", tmp_path / "samples"
+    few = {"num_samples": 2, "num_inference_steps": 2, "output_dir": samples}
+    done = run_bundle("run", config_file="configs/inference.json", ckpt_path=weights, **few)
+    assert done.returncode == 0, done.stderr
+    split = json.loads((trained / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(split | {"validation": split["training"][-2:]}))  # it has one
+    knobs = {"real_dir": tmp_path / "dataset.json", "synthetic_dirs": samples, "output_dir": tmp_path / "out"}
+    done = run_bundle("run", config_file="configs/evaluate.json", **knobs, num_pairs=2)
+    assert done.returncode == 0, done.stderr
+    (note,) = json.loads((tmp_path / "out/metrics.json").read_text())["cohorts"]["synthetic"]["notes"]
+    assert "files of 16 x 16 x 16 voxels" in note and "were not cropped or resampled" in note

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY_NETWORK, run_bundle, train, workflow
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.diffusion.loaded import knobs_of_weights, loaded
+from scripts.diffusion.loaded import loaded
 from scripts.sampling.shown import on_grid
 from scripts.scans.phantoms import phantom_cohort
 
@@ -131,8 +131,8 @@ def test_monai_label_shows_the_image_that_a_client_names(in_float32, heads, from
     folder = asked(heads, tmp_path / "asked", "_dseg")
     configs = [str(ROOT / f"configs/{name}.json") for name in ("inference", "label_images")]
     weights = str(from_labels / "models/model.pt")
-    knobs = knobs_of_weights(configs, weights) | {"displayable_configs#seed": 7, "num_inference_steps": 2}
-    parser = loaded(configs, weights, knobs=knobs | {"bundle_root": str(ROOT)})
+    knobs = {"bundle_root": str(ROOT), "displayable_configs#seed": 7, "num_inference_steps": 2}
+    parser = loaded(configs, weights, knobs=knobs)
     item = parser.get_parsed_content("preprocessing")({"image": str(folder / "phantom_000_dseg.nii.gz")})
     assert item["image"].shape == (4, 16, 16, 16)  # noise, and three labels
     pred = parser.get_parsed_content("inferer")(item["image"][None], parser.get_parsed_content("network_def"))
