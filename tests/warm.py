@@ -23,6 +23,7 @@ class WarmPython:
     """A process that runs `python -m monai.bundle` again and again; one command at a time."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
+        env = {key: value for key, value in env.items() if key != "PYTHONPATH"}  # each command has its own
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-W", "ignore", __file__], env=env, **pipes)
 
@@ -55,7 +56,9 @@ def become(command: dict) -> None:
     os.environ.clear()
     os.environ.update(command["env"])
     os.chdir(command["cwd"])
-    sys.path[0], sys.argv = command["cwd"], ["monai.bundle", *command["arguments"]]
+    more = command["env"].get("PYTHONPATH")
+    sys.path[:1] = [command["cwd"], *(more.split(os.pathsep) if more else [])]
+    sys.argv = ["monai.bundle", *command["arguments"]]
 
 
 if __name__ == "__main__":

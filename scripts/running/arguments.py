@@ -76,8 +76,9 @@ def check_argument(config: ConfigParser, given: dict[str, Any], path: str, name:
             logger.warning(f"{option}: no config has this key{near}")
         return
     target = part["_target_"]
-    if target[0] == "@":  # the class is a knob
-        target = given.get(target[1:]) or config[target[1:]]
+    if target[0] == "@":  # the class is a knob, which may be what the weights say
+        changed = ConfigParser(config.get() | {key: value for key, value in given.items() if key in config})
+        target = changed.get_parsed_content(target[1:])
     found = located(ConfigComponent({"_target_": target}, locator=ComponentLocator()).resolve_module_name())
     try:
         parameters = inspect.signature(found).parameters

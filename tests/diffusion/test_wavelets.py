@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, sample, train, workflow
+from conftest import sample, train, workflow
 from gaussian import MEAN, STD
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from scipy.linalg import hadamard
 from torch import nn
 
-from scripts.diffusion.description import described
 from scripts.diffusion.process import PREDICTION_TYPES, levels_at, sample_coefficients, target
 from scripts.diffusion.sampler import DiffusionSampler
 from scripts.diffusion.solvers import SOLVERS
@@ -27,7 +26,7 @@ from scripts.diffusion.wavelets import (
     in_wavelets,
     synthesised,
 )
-from scripts.diffusion.weights import load_weights
+from scripts.diffusion.weights import save_weights
 from scripts.running.errors import BundleError, root_bundle_error
 from scripts.training.start import begin_with
 
@@ -202,24 +201,39 @@ def test_details_have_unit_variance_at_every_level():
         np.testing.assert_allclose(inner.x.std((0, 2, 3, 4)), 1, atol=0.03)
 
 
-def shipped():
-    """The network of the weights that come with version 0.4's kind of model.json, plain."""
-    path = str(ROOT / "models/model.pt")
-    return path, described(path)
+COARSE = {
+    "spatial_shape": [32, 32, 32],
+    "wavelet_levels": 0,
+    "coarse": None,
+    "network_class": "DiffusionModelUNet",
+    "channels": [16, 16, 32],
+    "attention_levels": [False, False, True],
+    "num_head_channels": [0, 0, 32],
+    "num_res_blocks": 1,
+    "norm_num_groups": 8,
+    "scheduler": "DDPMScheduler",
+    "num_train_timesteps": 250,
+    "schedule": "cosine",
+    "prediction_type": "flow",
+    "class_names": None,
+}
 
 
-def unet_of_size(description, channels: int) -> DiffusionModelUNet:
+def unet_of_size(channels: int) -> DiffusionModelUNet:
     torch.manual_seed(0)
-    return DiffusionModelUNet(
+    network = DiffusionModelUNet(
         spatial_dims=3,
         in_channels=channels,
         out_channels=channels,
-        channels=description["channels"],
-        attention_levels=[False, False, True, False],
-        num_head_channels=[0, 0, 128, 128],
-        num_res_blocks=1,
-        norm_num_groups=32,
-    ).eval()
+        channels=COARSE["channels"],
+        attention_levels=COARSE["attention_levels"],
+        num_head_channels=COARSE["num_head_channels"],
+        num_res_blocks=COARSE["num_res_blocks"],
+        norm_num_groups=COARSE["norm_num_groups"],
+    )
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.05)
+    return network.eval()
 
 
 def shifted(scheduler: DDPMScheduler, gain: float) -> DDPMScheduler:
@@ -230,26 +244,23 @@ def shifted(scheduler: DDPMScheduler, gain: float) -> DDPMScheduler:
     return shifted
 
 
-def grown_from_shipped(levels: int, scheduler, prediction_type: str) -> tuple[nn.Module, WaveletUNet, str]:
-    """The shipped network, the same grown by `levels`, and what the shipped one predicts."""
-    path, description = shipped()
-    if description.get("wavelet_levels"):
-        pytest.skip("the shipped network has wavelets itself; growing it needs a coarse one")
-    coarse, finer = unet_of_size(description, 1), unet_of_size(description, 8**levels)
-    load_weights(coarse, path)
-    inner = coarse_process(description, scheduler, "cosine")
-    network = WaveletUNet(finer, levels, scheduler, prediction_type, inner)
-    sides = [side * 2**levels for side in description["spatial_shape"]]
-    begin_with(path, network, unet_of_size(description, 8**levels), {"spatial_shape": sides})
-    return coarse, network, description["prediction_type"]
+def grown_by(levels: int, scheduler, prediction_type: str, folder: Path) -> tuple[nn.Module, WaveletUNet]:
+    """A network on voxels, and the same grown by `levels`."""
+    coarse, path = unet_of_size(1), str(folder / "coarse.pt")
+    save_weights(coarse.state_dict(), COARSE, path)
+    inner = coarse_process(COARSE, scheduler, "cosine")
+    network = WaveletUNet(unet_of_size(8**levels), levels, scheduler, prediction_type, inner)
+    sides = [side * 2**levels for side in COARSE["spatial_shape"]]
+    begin_with(path, network, unet_of_size(8**levels), {"spatial_shape": sides})
+    return coarse, network
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("outer", OUTER)
-def test_a_grown_network_sees_the_coarse_volume_as_the_coarse_network_does(levels, outer):
+def test_a_grown_network_sees_the_coarse_volume_as_the_coarse_network_does(levels, outer, tmp_path):
     """x_0 of the fine network, averaged over blocks, is x_0 of the coarse one at the same ratio of noise to signal."""
     scheduler = OUTER[outer]
-    coarse, network, predicted = grown_from_shipped(levels, scheduler, "v_prediction")
+    coarse, network = grown_by(levels, scheduler, "v_prediction", tmp_path)
     gain, t = 8 ** (levels / 2), scheduler.num_train_timesteps
     timesteps = torch.tensor([t // 10, t // 2, t - 10])
     x = torch.randn(3, 1, *[8 * 2**levels] * 3, generator=torch.Generator().manual_seed(0))
@@ -262,19 +273,19 @@ def test_a_grown_network_sees_the_coarse_volume_as_the_coarse_network_does(level
         x0 = p * x + q * network(x, timesteps)
         low = analysed(x, levels)[:, :1] / (gain**2 * a**2 + s**2).sqrt()
         output = coarse(low.float(), torch.from_numpy(time).float())
-    p, q = sample_coefficients(predicted, 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt())
+    p, q = sample_coefficients("flow", 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt())
     wanted = p * low + q * output
     torch.testing.assert_close(nn.functional.avg_pool3d(x0, 2**levels), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "gaussian_2m"])
-def test_a_grown_networks_volume_averaged_over_blocks_is_the_coarse_volume(solver):
+def test_a_grown_networks_volume_averaged_over_blocks_is_the_coarse_volume(solver, tmp_path):
     scheduler = shifted(COSINE, 8**0.5)
-    coarse, network, predicted = grown_from_shipped(1, scheduler, "v_prediction")
+    coarse, network = grown_by(1, scheduler, "v_prediction", tmp_path)
     noise = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1))
     options = {"timestep_spacing": "logsnr", "clip_sample": False}
     fine = DiffusionSampler(network, scheduler, 8, solver, "v_prediction", sigma_max=160, **options)
-    small = DiffusionSampler(coarse, COSINE, 8, solver, predicted, sigma_max=160, **options)
+    small = DiffusionSampler(coarse, COSINE, 8, solver, "flow", sigma_max=160, **options)
     assert torch.equal(fine.timesteps, small.timesteps)
     a, s = levels_at(scheduler, fine.timesteps[:1])
     first = (analysed(noise, 1)[:, :1] / (8 * a**2 + s**2).sqrt()).float()  # 1.00002: a begins a little above 0

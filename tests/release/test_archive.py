@@ -122,7 +122,7 @@ def test_the_hub_folder_is_the_bundle_with_a_model_card_and_safetensors(hub_fold
 
 def test_the_model_card_is_read_by_the_hub_and_its_links_lead_somewhere(hub_folder):
     card = huggingface_hub.ModelCard.load(hub_folder / "README.md")
-    assert (card.data.license, card.data.library_name) == ("apache-2.0", "monai")
+    assert (card.data.license, card.data.library_name) == ("cc-by-sa-4.0", "monai")
     assert card.data.pipeline_tag == "unconditional-image-generation" and "monai" in card.data.tags
     assert card.text.strip().startswith("# Model Overview")
     pages = [hub_folder / "README.md", *hub_folder.glob("docs/*.md")]

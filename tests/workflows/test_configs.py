@@ -75,7 +75,7 @@ def test_the_papers_settings_are_the_defaults():
 
 @pytest.mark.parametrize(
     "preset, million",
-    [("size_64", 12.9), ("size_128", 13.1), ("paper_64", 12.8), ("wide_64", 39.0), ("paper_128", 40.2)],
+    [("size_32", 12.8), ("size_128", 13.1), ("paper_64", 12.8), ("wide_64", 39.0), ("paper_128", 40.2)],
 )
 def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, million):
     parser = ConfigParser()
@@ -89,20 +89,23 @@ def test_networks_have_the_size_that_the_readme_says_and_one_head_at_16(preset, 
     assert parser["num_head_channels"][level] == parser["channels"][level]  # one head
 
 
-def test_the_default_network_is_the_papers_at_half_its_side():
+def test_the_default_network_is_the_papers_in_wavelets():
     train, preset = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("train", "presets/paper_64"))
-    assert train["spatial_shape"] == [32, 32, 32] and train["wavelet_levels"] == 0
+    assert train["spatial_shape"] == [64, 64, 64] and train["wavelet_levels"] == 1
     assert preset == {"spatial_shape": [64, 64, 64], "wavelet_levels": 0, "timestep_sampling": "uniform"}
 
 
-@pytest.mark.parametrize("presets", [[], ["presets/size_64"]])
-def test_the_weights_at_64_need_no_preset_and_belong_to_theirs(presets, tmp_path):
-    names = [str(CONFIGS / f"{name}.json") for name in ("inference", *presets)]
-    path, places = str(ROOT / "models/model_64.pt"), {"bundle_root": str(ROOT), "output_dir": str(tmp_path)}
+def test_the_weights_of_the_bundle_are_those_of_its_configs(tmp_path):
+    train = json.loads((CONFIGS / "train.json").read_text())
     workflow = create_workflow(
-        config_file=names, workflow_type="inference", ckpt_path=path, logging_file=False, device="cpu", **places
+        config_file=str(CONFIGS / "inference.json"),
+        workflow_type="inference",
+        bundle_root=str(ROOT),
+        output_dir=str(tmp_path),
+        logging_file=False,
+        device="cpu",
+        **{key: train[key] for key in ("spatial_shape", "wavelet_levels", "channels", "num_train_timesteps")},
     )  # loads them, and compares what describes them
-    assert list(workflow.parser.get_parsed_content("spatial_shape")) == [64, 64, 64]
     known = workflow.parser.get_parsed_content("known_covariates")
     assert [each["name"] for each in known] == ["age", "sex", "dataset", "lateral_ventricles_ml"]
 

@@ -39,7 +39,7 @@ def notebook(tmp_path_factory):
 def test_three_lines_are_the_volume_that_the_command_line_writes(notebook):
     left = np.load(notebook / "variables.npz")
     image = nib.load(notebook / "output/samples/sample_seed7_volume000.nii.gz")
-    assert left["with_channel"].shape == (1, 32, 32, 32) and left["voxels"].dtype == np.float32
+    assert left["with_channel"].shape == (1, 64, 64, 64) and left["voxels"].dtype == np.float32
     assert left["voxels"].min() >= 0 and left["voxels"].max() <= 255 and left["voxels"].std() > 10
     np.testing.assert_array_equal(left["voxels"], np.asarray(image.dataobj))
     np.testing.assert_allclose(left["affine"], image.affine, atol=1e-4)
@@ -48,7 +48,7 @@ def test_three_lines_are_the_volume_that_the_command_line_writes(notebook):
 def test_several_volumes_come_at_once(notebook):
     volumes = np.load(notebook / "variables.npz")["volumes"]
     files = sorted(notebook.glob("output/samples/sample_seed8_*.nii.gz"))
-    assert len(files) == 2 and volumes.shape == (2, 1, 32, 32, 32)
+    assert len(files) == 2 and volumes.shape == (2, 1, 64, 64, 64)
     np.testing.assert_array_equal(volumes[:, 0], [np.asarray(nib.load(path).dataobj) for path in files])
 
 

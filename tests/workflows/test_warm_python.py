@@ -20,9 +20,10 @@ def test_a_command_says_what_it_says_when_started_alone(overrides):
 def test_a_command_sees_its_folder_and_environment_and_may_end_by_a_signal(tmp_path):
     (tmp_path / "probe.json").write_text(
         '{"imports": ["$import os", "$import sys", "$import signal"], "run": ["$print(os.getcwd(), os.environ[\'A\'],'
-        " sys.path[0], sys.stdin.isatty(), 'scripts' in sys.modules, flush=True)\","
+        " sys.path[0], '/more' in sys.path, sys.stdin.isatty(), 'scripts' in sys.modules, flush=True)\","
         ' "$os.kill(os.getpid(), signal.SIGKILL)"]}'
     )
-    done = warm_python().run(["run", "run", "--config_file", "probe.json"], tmp_path, quiet() | {"A": "b"})
+    env = quiet() | {"A": "b", "PYTHONPATH": "/more"}
+    done = warm_python().run(["run", "run", "--config_file", "probe.json"], tmp_path, env)
     assert done.returncode == -9
-    assert done.stdout.splitlines()[-1] == f"{tmp_path} b {tmp_path} False False"
+    assert done.stdout.splitlines()[-1] == f"{tmp_path} b {tmp_path} True False False"
