@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-PRELOADED = ("monai.bundle", "monai.networks.nets", "ignite.engine", "nibabel")
-
 
 class WarmPython:
     """A process that runs `python -m monai.bundle` again and again; one command at a time."""
@@ -62,8 +60,8 @@ def become(command: dict) -> None:
 
 
 if __name__ == "__main__":
-    for module in PRELOADED:
-        __import__(module)
+    import monai.bundle  # noqa: F401
+
     command = serve()
     if command is not None:
         become(command)

@@ -165,7 +165,6 @@ class DiffusionSampler(GuidedNetwork):
             x0, generators = torch.zeros_like(x), self.generators(x)
             for i in steps:
                 x, x0 = self.step(i, x, x0, asked, generators)
-            x = without_haze(x, self.background)
             if not torch.jit.is_scripting():
                 if isinstance(noise, MetaTensor):
                     x = convert_to_dst_type(x, noise)[0]
@@ -189,9 +188,13 @@ class DiffusionSampler(GuidedNetwork):
         asked: tuple[torch.Tensor, torch.Tensor],
         generators: list[torch.Generator],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step)."""
+        """Step i: (x at its level, x_0 of the step before) -> (x at the next level, x_0 of this step).
+
+        After the last one x is the volume, whose background is made one.
+        """
         x0 = self.sample(i, x, asked)
-        return self.onward(i, x, x0, previous_x0, generators), x0
+        x = self.onward(i, x, x0, previous_x0, generators)
+        return (without_haze(x, self.background) if i == self.timesteps.shape[0] - 1 else x), x0
 
     def sample(self, i: int, x: torch.Tensor, asked: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The network's opinion of x_0 at step i."""
@@ -222,8 +225,6 @@ class DiffusionSampler(GuidedNetwork):
         for i in range(len(self.timesteps)):
             with torch.no_grad():  # not around the `yield`, where other code runs
                 x, x0 = self.step(i, x, x0, asked, generators)
-                if i == len(self.timesteps) - 1:
-                    x = without_haze(x, self.background)
             yield x
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -100,7 +100,11 @@ class Source:
 
 
 def split_of(real_dir: str) -> dict[str, Any]:
-    """The dataset.json of a training run: {"training": [file, ...], "validation": [...], ...}; {} for a folder.
+    """The dataset.json of a training run; {} for a folder.
+
+    Returns:
+        {"training": [file, ...], "validation": [file, ...], "dataset_dir": folder, "masks": {file: mask},
+        "data_description": {knob: value}, ...}
 
     Raises:
         BundleError: a file that is none.
@@ -110,8 +114,13 @@ def split_of(real_dir: str) -> dict[str, Any]:
     try:
         with open(real_dir) as file:
             split = json.load(file)
-        return {**split, "training": list(split["training"]), "validation": list(split["validation"])}
-    except (ValueError, KeyError, TypeError) as e:
+        sides = {side: list(split[side]) for side in ("training", "validation")}
+        kept = {key: dict(split.get(key, {})) for key in ("masks", "data_description")}
+        folder = split.get("dataset_dir")
+        if not folder:  # versions before 0.5 did not write it
+            folder = os.path.commonpath([os.path.dirname(file) for files in sides.values() for file in files])
+        return {**split, **sides, **kept, "dataset_dir": folder}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise BundleError(
             f"real_dir: {real_dir!r} is not a dataset.json of a training run ({type(e).__name__}: {e}); expected "
             "output/training/dataset.json or a folder of NIfTI volumes"
@@ -156,10 +165,7 @@ def sources_of(real_dir: str, held_out_dir: str | None, synthetic_dirs: Mapping[
     split = split_of(real_dir)
     if split:
         sides = {REAL: split["training"], HELD_OUT: split["validation"]}
-        folder = split.get("dataset_dir")
-        if not folder:  # versions before 0.5 did not write it
-            folder = os.path.commonpath([os.path.dirname(file) for files in sides.values() for file in files])
-        sources = {name: Source(folder, files, dict(split.get("masks", {}))) for name, files in sides.items()}
+        sources = {name: Source(split["dataset_dir"], files, split["masks"]) for name, files in sides.items()}
         if held_out_dir:
             raise BundleError(f"held_out_dir: {held_out_dir!r} was given, but {real_dir!r} names the held-out files")
         keys = {}

@@ -157,8 +157,9 @@ def test_bad_label_folders_get_a_sentence(tmp_path):
         load(tmp_path, folder(tmp_path / "a", [0, 1]), folder(tmp_path / "b", [2, 3]), label_dirs={"gan": "x"})
 
 
-def test_a_dataset_json_of_another_kind_gets_a_sentence(tmp_path):
-    (tmp_path / "other.json").write_text('{"train": []}')
+@pytest.mark.parametrize("text", ['{"train": []}', "[1]", '{"training": [], "validation": []}', "{"])
+def test_a_dataset_json_of_another_kind_gets_a_sentence(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
     with pytest.raises(BundleError, match="not a dataset.json of a training run"):
         sources_of(str(tmp_path / "other.json"), None, {"a": str(tmp_path)})
 
