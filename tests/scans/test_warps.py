@@ -68,8 +68,9 @@ def test_bending_has_the_asked_root_mean_square():
     assert np.mean(ratios) == pytest.approx(1, rel=0.1)
 
 
-def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it():
-    """Noise that was smoothed to half a voxel, warped by shifts only: its high frequencies keep their power."""
+@pytest.mark.parametrize("moves", [{"translate": 0.05}, {"bend": 0.004}], ids=["shifts", "small bends"])
+def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it(moves):
+    """Noise that was smoothed to half a voxel keeps the power of its high frequencies, also where it hardly moves."""
     rng = np.random.default_rng(0)
     image = torch.from_numpy(ndimage.gaussian_filter(rng.standard_normal((48, 48, 48)), 0.5, mode="wrap")).float()
 
@@ -78,7 +79,7 @@ def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it():
         radius = np.sqrt(sum(f**2 for f in np.meshgrid(*[np.fft.fftfreq(32)] * 3, indexing="ij")))
         return power[(radius > 0.3) & (radius < 0.5)].sum()
 
-    warp = RandWarpd("image", prob=1.0, rotate=0, translate=0.05, scale=0, bend=0)
+    warp = RandWarpd("image", prob=1.0, **{"rotate": 0, "translate": 0, "scale": 0, "bend": 0, **moves})
     warp.set_random_state(seed=0)
     kept, plain = [], []
     for _ in range(12):
@@ -87,7 +88,7 @@ def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it():
         linear = torch.nn.functional.grid_sample(image[None, None], grid, align_corners=True)
         plain.append(high(linear[0, 0].numpy()))
     assert np.mean(kept) / high(image.numpy()) == pytest.approx(1, abs=0.1)
-    assert np.mean(plain) / high(image.numpy()) < 0.6
+    assert np.mean(plain) / high(image.numpy()) < 0.9
 
 
 def test_images_of_an_item_move_alike_and_a_seed_repeats():
