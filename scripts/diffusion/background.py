@@ -39,7 +39,7 @@ def largest_region(mask: torch.Tensor) -> torch.Tensor:
 def without_haze(volumes: torch.Tensor, level: float) -> torch.Tensor:
     """Volumes in which all is -1 but the largest region above a level, and the voxels that touch it.
 
-    Of 233 real brains at 64 x 64 x 64 and level 0.02 none is changed: the faint voxels of their edges touch the brain.
+    Of 233 real brains at 64 x 64 x 64 and level 0.03 none is changed: the faint voxels of their edges touch the brain.
 
     Args:
         volumes: (B, 1, *spatial) in [-1, 1], 2D or 3D.
