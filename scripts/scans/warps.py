@@ -43,13 +43,13 @@ def sharpening(side: int, lost: float) -> torch.Tensor:
     return torch.from_numpy(sum(tap * np.eye(side, k=k) for k, tap in zip(range(-2, 3), taps))).float()
 
 
-def lost_by_interpolation(grid: torch.Tensor, shape: Sequence[int]) -> list[float]:
-    """What `sharpening` takes as `lost`, of each axis. At 1/2 the highest frequency is lost whole: 0.47 at most."""
+def sharpenings(grid: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:
+    """The filter of each axis for a grid of `RandWarpd`. At 1/2 the highest frequency is lost whole: 0.47 at most."""
     sides = torch.tensor(shape[::-1])  # the order of a grid's last axis
     some = grid[(0, *[slice(None, None, 3)] * len(shape))].reshape(-1, len(shape))  # as many as a mean needs
     share = ((some + 1) / 2 * (sides - 1)) % 1
     lost = (2 * share * (1 - share)).mean(0).flip(0)
-    return [round(min(each, 0.47), 2) for each in lost.tolist()]
+    return [sharpening(side, round(min(each, 0.47), 2)) for side, each in zip(shape, lost.tolist())]
 
 
 def along_axes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -59,13 +59,11 @@ def along_axes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tenso
     return x
 
 
-def warped_channel(image: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+def warped_channel(image: torch.Tensor, grid: torch.Tensor, filters: Sequence[torch.Tensor]) -> torch.Tensor:
     """(1, *spatial) with background 0, warped; one of 0 and 2 alone, a label above -1, by nearest neighbour."""
     if bool(((image == 0) | (image == 2)).all()):
         return F.grid_sample(image[None], grid, "nearest", "zeros", align_corners=True)[0]
-    lost = lost_by_interpolation(grid, image.shape[1:])
-    image = along_axes(image, [sharpening(*each) for each in zip(image.shape[1:], lost)])
-    return F.grid_sample(image[None], grid, "bilinear", "zeros", align_corners=True)[0]
+    return F.grid_sample(along_axes(image, filters)[None], grid, "bilinear", "zeros", align_corners=True)[0]
 
 
 class RandWarpd(RandomizableTransform, MapTransform):
@@ -132,9 +130,10 @@ class RandWarpd(RandomizableTransform, MapTransform):
         if not self._do_transform:
             return item
         grid = self.grid(first.shape[1:])
+        filters = sharpenings(grid, first.shape[1:])
         for key in self.key_iterator(item):
             image = convert_to_tensor(item[key], dtype=torch.float32, track_meta=False)
             background = -1 if key == CONDITION_IMAGE else 0
-            channels = [warped_channel(channel[None] - background, grid) + background for channel in image]
+            channels = [warped_channel(channel[None] - background, grid, filters) + background for channel in image]
             item[key] = convert_to_dst_type(torch.cat(channels), item[key])[0]
         return item

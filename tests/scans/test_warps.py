@@ -68,8 +68,10 @@ def test_bending_has_the_asked_root_mean_square():
     assert np.mean(ratios) == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("moves", [{"translate": 0.05}, {"bend": 0.004}], ids=["shifts", "small bends"])
-def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it(moves):
+@pytest.mark.parametrize(
+    ("moves", "alone"), [({"translate": 0.05}, 0.6), ({"bend": 0.004}, 0.9)], ids=["shifts", "small bends"]
+)
+def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it(moves, alone):
     """Noise that was smoothed to half a voxel keeps the power of its high frequencies, also where it hardly moves."""
     rng = np.random.default_rng(0)
     image = torch.from_numpy(ndimage.gaussian_filter(rng.standard_normal((48, 48, 48)), 0.5, mode="wrap")).float()
@@ -88,7 +90,7 @@ def test_the_spectrum_stays_where_linear_interpolation_alone_loses_it(moves):
         linear = torch.nn.functional.grid_sample(image[None, None], grid, align_corners=True)
         plain.append(high(linear[0, 0].numpy()))
     assert np.mean(kept) / high(image.numpy()) == pytest.approx(1, abs=0.1)
-    assert np.mean(plain) / high(image.numpy()) < 0.9
+    assert np.mean(plain) / high(image.numpy()) < alone
 
 
 def test_images_of_an_item_move_alike_and_a_seed_repeats():
