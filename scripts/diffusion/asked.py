@@ -15,6 +15,7 @@ from scripts.running.checks import check_knobs
 from scripts.running.covariates import CLASS, Covariate, encoded, one_word, unknown_of
 from scripts.running.errors import BundleError
 from scripts.running.knobs import is_number
+from scripts.running.tables import MISSING, number, read_table
 
 logger = logging.getLogger(__name__)
 Values = Mapping[str, Any]
@@ -73,6 +74,32 @@ def of_class_label(class_label: Any, covariates: Sequence[Covariate]) -> list[Va
         if label is not None and (not isinstance(name, str) or name not in names):
             raise BundleError(f"class_label: {label!r} was given; it must be {known}")
         found.append({} if label is None else {CLASS: name})
+    return found
+
+
+def of_table(path: str, covariates: Sequence[Covariate]) -> list[Values]:
+    """A volume for each row of a table, CSV or TSV, such as a participants.tsv: what its columns say of covariates.
+
+    Raises:
+        BundleError: it cannot be read; no column is a covariate of these weights; a word or number that is none.
+    """
+    right = f"a table with columns out of {listed(covariates)}"
+    rows = read_table(path, [], "covariates", right)
+    columns = [covariate for covariate in covariates if covariate["name"] in rows[0][1]]
+    if not columns:
+        raise BundleError(f"covariates: {path!r} has the columns {list(rows[0][1])}; expected {right}")
+    found = []
+    for line, row in rows:
+        values: dict[str, Any] = {}
+        for name, covariate in ((covariate["name"], covariate) for covariate in columns):
+            text, words = row[name], covariate.get("words")
+            values[name] = None if text.lower() in MISSING else text if words else number(text)
+            if text.lower() not in MISSING and (text not in words if words else values[name] is None):
+                expected = f"one of {words}" if words else "a number"
+                raise BundleError(
+                    f"covariates: line {line} of {path!r}: {name} is {text!r}; expected {expected}, or n/a"
+                )
+        found.append(values)
     return found
 
 
@@ -175,12 +202,15 @@ def requests(
 
     Args:
         num_samples: how many noises.
-        covariates, class_label, known, guidance_scale, from_images: see `conditions_asked`.
+        covariates, class_label, known, guidance_scale, from_images: see `conditions_asked`; here covariates may also be
+            the path of a table, see `of_table`, whose rows are taken in turn.
 
     Returns:
         [{"image": number of the noise, "index": place, "condition": tensor, "values": {name: text}, "said": text,
         "folder": of the class, "suffix": of the file's name, "row": of the mosaic}, ...]
     """
+    if isinstance(covariates, str) and covariates.endswith((".csv", ".tsv")):
+        covariates = of_table(covariates, known)
     asked, sweep = conditions_asked(covariates, class_label, known, guidance_scale, from_images)
     classes = one_word(known) and known[0]["name"] == CLASS
     found = []

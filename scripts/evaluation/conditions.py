@@ -18,7 +18,8 @@ from scripts.evaluation.evaluator import metric_row, slug
 from scripts.running.covariates import REQUESTS
 from scripts.running.errors import BundleError
 from scripts.running.pictures import save_figure
-from scripts.scans.participants import MISSING, Covariates
+from scripts.running.tables import MISSING
+from scripts.scans.participants import Covariates
 
 logger = logging.getLogger(__name__)
 FEWEST = 3  # volumes of which something is known

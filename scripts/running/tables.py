@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 
 from scripts.running.errors import BundleError
+
+MISSING = {"", "n/a", "na", "nan", "none", "unknown"}  # in small letters: what stands where nothing is known
 
 
 def read_table(path: str, columns: Sequence[str], key: str, right: str) -> list[tuple[int, dict[str, str]]]:
@@ -35,3 +38,12 @@ def read_table(path: str, columns: Sequence[str], key: str, right: str) -> list[
         if any(row[column] is None for column in columns):
             raise BundleError(f"{key}: line {line} of {path!r} is cut short; expected {right}")
     return [(line, {name: (row[name] or "").strip() for name in found}) for line, row in rows]
+
+
+def number(text: str) -> float | None:
+    """A finite number, or None for a text that is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

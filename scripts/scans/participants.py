@@ -12,25 +12,15 @@ import numpy as np
 
 from scripts.running.covariates import CLASS, Covariate, encoded, known_covariates, num_class_embeds, of_classes
 from scripts.running.errors import BundleError
-from scripts.running.tables import read_table
+from scripts.running.tables import MISSING, number, read_table
 from scripts.scans.classes import check_table, with_classes
 from scripts.scans.split import subjects_of
 
 logger = logging.getLogger(__name__)
-MISSING = {"", "n/a", "na", "nan", "none", "unknown"}
 MOST_WORDS = 50
 AGES = (0, 125)
 ABSURD = 12  # standard deviations, as the median absolute deviation of a normal distribution gives them
 TABLE = "participants.tsv"
-
-
-def number(text: str) -> float | None:
-    """A finite number, or None for a text that is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if np.isfinite(value) else None
 
 
 class Covariates:

@@ -6,7 +6,7 @@ import torch
 from conftest import preprocessing, workflow
 from scipy import ndimage
 
-from scripts.diffusion.background import largest_region, without_haze
+from scripts.diffusion.background import largest_at_faces, largest_region, specks, without_haze
 from scripts.scans.phantoms import phantom_cohort
 
 
@@ -36,6 +36,7 @@ def brain_in_haze():
     hazy = brain.clone()
     hazy[..., 1, 4:12, 4:12] = -0.98
     hazy[..., 14:, 14:, 14:] = 0.9
+    hazy[..., 12, 12, 12] = -0.97  # touches the brain by a corner, and nothing brighter by a face
     return hazy, brain
 
 
@@ -46,6 +47,32 @@ def test_specks_and_haze_go_and_the_brain_keeps_its_faint_edge_and_its_dark_midd
     assert torch.equal(without(hazy[:, :, 5], 0.03), brain[:, :, 5])  # in 2D
     assert torch.equal(without(torch.cat([hazy, brain]), 0.03), torch.cat([brain, brain]))
     assert torch.equal(without(hazy - 1, 0.0), hazy - 1)
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (7, 6, 8)])
+def test_the_largest_at_faces_is_that_of_scipy(shape):
+    values = np.random.default_rng(3).random(shape)
+    expected = ndimage.maximum_filter(values, footprint=ndimage.generate_binary_structure(len(shape), 1))
+    assert np.array_equal(largest_at_faces(torch.from_numpy(values)), expected)
+
+
+def test_an_edge_that_fades_is_no_speck_and_noise_beside_it_is():
+    edge = torch.tensor([0.0, 0.003, 0.015, 0.5]).expand(4, 4)
+    assert not specks(edge, 0.02)[1:3].any()
+    noisy = edge.clone()
+    noisy[1, 1] = 0.012  # no face neighbour is 1.5 times as bright
+    noisy[1, 0] = 0.0135  # brighter than all around it
+    assert specks(noisy, 0.02).nonzero().tolist() == [[1, 0], [1, 1]]
+    assert specks(noisy, 0.0125).nonzero().tolist() == [[1, 1]]  # what is brighter than the level is not faint
+    assert specks(noisy.expand(3, 4, 4), 0.02)[1].nonzero().tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_speck_that_only_a_speck_made_look_like_an_edge_goes_too():
+    volume = torch.full((1, 1, 9, 9, 9), -1.0)
+    volume[..., 4:, 4:, 4:] = 0.5
+    hazy = volume.clone()
+    hazy[..., 3, 3, 3], hazy[..., 3, 3, 4] = -0.97, -0.982  # 0.009, beside 0.015
+    assert torch.equal(without_haze(hazy, 0.03), volume)
 
 
 def test_a_real_volume_passes_unchanged(tmp_path):

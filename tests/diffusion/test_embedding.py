@@ -173,6 +173,33 @@ def test_what_is_asked_for_is_one_for_all_a_list_in_turn_or_a_sweep(caplog):
     assert "age 95 was given, but the weights were trained on 20 to 80" in caplog.text
 
 
+@pytest.mark.parametrize("name, comma", [("people.tsv", "\t"), ("people.csv", ",")])
+def test_the_rows_of_a_table_are_taken_in_turn(tmp_path, name, comma):
+    lines = ["participant_id,age,sex,height", "a,30,f,170", "b,n/a,m,", "c,61.5,unknown,180"]
+    (tmp_path / name).write_text("\n".join(lines).replace(",", comma))
+    found = requests(4, str(tmp_path / name), None, BOTH)
+    assert [item["said"] for item in found] == ["age 30.0, sex f", "sex m", "age 61.5", "age 30.0, sex f"]
+    assert found[1]["values"] == {"age": "n/a", "sex": "m"} and math.isnan(found[1]["condition"][0])
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (["id,height", "a,170"], ["people.csv", "['id', 'height']", "columns out of age (a number), sex (one of"]),
+        (["age", "20", "old"], ["line 3 of", "people.csv", "age is 'old'", "a number"]),
+        (["age,sex", "20,x"], ["line 2 of", "sex is 'x'", "one of ['f', 'm']"]),
+        (["age"], ["people.csv", "has no rows"]),
+        (None, ["people.csv", "cannot be read"]),
+    ],
+)
+def test_a_table_of_something_else_is_refused(tmp_path, lines, words):
+    if lines:
+        (tmp_path / "people.csv").write_text("\n".join(lines))
+    with pytest.raises(BundleError) as error:
+        requests(1, str(tmp_path / "people.csv"), None, BOTH)
+    assert all(word in str(error.value) for word in words), error.value
+
+
 @pytest.mark.parametrize(
     "covariates, label, scale, words",
     [
