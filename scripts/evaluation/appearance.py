@@ -27,6 +27,8 @@ from scripts.evaluation.spectrum import LEAST_POWER, NYQUIST, mirror_correlation
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError
 
+FAINTEST = -1 + 1 / 255  # what is fainter becomes 0 in a file of 8 bits, in which synthetic volumes come
+
 
 def nearest_distances(
     first: np.ndarray, second: np.ndarray | None, memory: float = 1.0, description: str | None = None
@@ -111,7 +113,7 @@ class Appearance:
 
         Returns:
             {"frequency": (F) cycles a voxel, "log_power": (N, F) log10, "histogram": (N, bins) fractions of the voxels
-            above -1 that sum to 1 (or to 0 for an empty volume), "foreground", "background", "symmetry": (N)}.
+            above `FAINTEST` that sum to 1 (or to 0 for an empty volume), "foreground", "background", "symmetry": (N)}.
         """
         shell = outermost_shell(cohort.volumes.shape[1:])
         edges = np.linspace(-1, 1, self.num_bins + 1)
@@ -121,7 +123,7 @@ class Appearance:
             # Plus 1, so that the background is 0; frequency 0 is left out, it is the mean.
             frequency, power, _ = radial_power(x + 1)
             kept = (frequency > 0) & (frequency <= NYQUIST)
-            bright = x[x > -1]
+            bright = x[x > FAINTEST]
             entry = {
                 "log_power": np.log10(np.maximum(power[kept], LEAST_POWER)),
                 "histogram": np.histogram(bright.clip(-1, 1), edges)[0] / max(1, bright.size),
@@ -197,18 +199,18 @@ class Appearance:
             distance = _histogram_distance(centres, own["histogram"].mean(0), real["histogram"].mean(0))
             means = self._counts(len(cohort)) @ own["histogram"] / len(cohort)
             resampled = np.array([_histogram_distance(centres, mean, real["histogram"].mean(0)) for mean in means])
-            note = "1D Wasserstein distance of the histograms of voxels above -1, each volume weighing the same"
+            note = "1D Wasserstein distance of the histograms of what is no background, each volume weighing the same"
             rows.append(
                 metric_row("intensity_wasserstein", distance, *_distance_interval(distance, resampled), "lower", note)
             )
-        rows.append(self._mean_row("foreground_fraction", own["foreground"], "voxels above -1, of all"))
+        rows.append(self._mean_row("foreground_fraction", own["foreground"], "voxels above -1 + 1/255, of all"))
         rows.append(self._mean_row("background_level", own["background"], "mean of the voxels at the volume's faces"))
         rows.append(self._mean_row("left_right_symmetry", own["symmetry"], "correlation with the own mirror image"))
         return rows
 
     def _notes(self, own: dict, cohort: Cohort) -> list[str]:
         empty = int((own["foreground"] == 0).sum())
-        return [f"{cohort.name}: {empty} volumes are empty (every voxel is -1)."] if empty else []
+        return [f"{cohort.name}: {empty} volumes are empty (every voxel is background)."] if empty else []
 
     def draw(self, results: dict[str, dict], cohorts: Cohorts, folder: str) -> list[dict]:
         """First volumes, samples, mean and deviation, intensities, spectra, each synthetic cohort's best and worst."""

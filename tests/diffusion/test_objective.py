@@ -1,4 +1,5 @@
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -83,11 +84,13 @@ def test_balanced_timesteps_are_half_uniform_and_half_uniform_in_log_sigma(sched
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS[:3], ids=["cosine", "linear", "straight"])
-def test_lognormal_timesteps_have_the_moments_of_karras(scheduler):
-    a, s = levels_at(scheduler, drawn(scheduler, "lognormal"))
+def test_lognormal_timesteps_are_those_of_karras_and_a_quarter_of_more_noise(scheduler):
+    a, s = levels_at(scheduler, drawn(scheduler, "lognormal", 160))
     log_sigma = (s / a).log().numpy()
-    median, upper = np.percentile(log_sigma, [50, 84.13])
-    assert median == pytest.approx(-1.2, abs=0.1) and upper - median == pytest.approx(1.2, abs=0.1)
+    for level in (-3.0, -2.0, -1.3, 0.0, 1.0, 2.0, 3.0, 4.0):  # the distribution function
+        noisier = max(level + 1.2, 0) / (math.log(160) + 1.2)
+        expected = 0.75 * NormalDist(-1.2, 1.2).cdf(level) + 0.25 * noisier
+        assert (log_sigma <= level).mean() == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)

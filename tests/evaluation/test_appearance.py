@@ -134,7 +134,7 @@ def test_background_and_foreground(shown):
     found = {name: values(result) for name, result in shown[2].items()}
     volumes = shown[1].real.volumes
     assert found["real"]["background_level"] == -1
-    assert found["real"]["foreground_fraction"] == pytest.approx((volumes > -1).mean())
+    assert found["real"]["foreground_fraction"] == pytest.approx((volumes > -1 + 1 / 255).mean())
     # Noise of 0.1 cut off at -1 has the mean 0.1 / sqrt(2 pi).
     assert found["noise 0.1"]["background_level"] == pytest.approx(-1 + 0.1 / np.sqrt(2 * np.pi), abs=0.003)
 
