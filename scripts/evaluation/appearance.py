@@ -27,7 +27,7 @@ from scripts.evaluation.spectrum import LEAST_POWER, NYQUIST, mirror_correlation
 from scripts.running.checks import check_knobs
 from scripts.running.errors import BundleError
 
-FAINTEST = -1 + 1 / 255  # what is fainter becomes 0 in a file of 8 bits, in which synthetic volumes come
+FAINTEST = -1 + 1 / 255  # half a grey level of 8 bits: what is fainter comes from resampling, and nobody sees it
 
 
 def nearest_distances(
