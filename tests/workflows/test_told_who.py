@@ -60,6 +60,16 @@ def test_a_sweep_is_made_of_the_same_noises_and_says_what_was_asked(told, tmp_pa
     assert refused.returncode == 1 and "error: covariates: 'agee' was given; these weights know age" in refused.stderr
 
 
+def test_a_table_asks_for_its_people(told, tmp_path):
+    table = tmp_path / "people.csv"
+    table.write_text("participant_id,age,sex\na,41.5,m\nb,n/a,f\n")
+    done = sample(told / "models/model.pt", tmp_path / "out", covariates=table, num_inference_steps=2, **GROUPS)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out/samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["age"], row["sex"]) for row in rows] == [("41.5", "m"), ("n/a", "f")]
+
+
 def test_the_evaluation_tells_a_generator_that_obeys_from_one_that_does_not(tmp_path):
     """The second one's volumes are those of other people than were asked for."""
     shape, rows = (24, 24, 24), {}
