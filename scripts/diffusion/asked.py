@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from scripts.running.checks import check_knobs
-from scripts.running.covariates import CLASS, Covariate, encoded, one_word, unknown_of
+from scripts.running.covariates import CLASS, Covariate, encoded, one_word, unknown_of, value_of
 from scripts.running.errors import BundleError
 from scripts.running.knobs import is_number
-from scripts.running.tables import MISSING, number, read_table
+from scripts.running.tables import MISSING, read_table
 
 logger = logging.getLogger(__name__)
 Values = Mapping[str, Any]
@@ -90,14 +90,13 @@ def of_table(path: str, covariates: Sequence[Covariate]) -> list[Values]:
         raise BundleError(f"covariates: {path!r} has the columns {list(rows[0][1])}; expected {right}")
     found = []
     for line, row in rows:
-        values: dict[str, Any] = {}
-        for name, covariate in ((covariate["name"], covariate) for covariate in columns):
-            text, words = row[name], covariate.get("words")
-            values[name] = None if text.lower() in MISSING else text if words else number(text)
-            if text.lower() not in MISSING and (text not in words if words else values[name] is None):
-                expected = f"one of {words}" if words else "a number"
+        values = {covariate["name"]: value_of(covariate, row[covariate["name"]]) for covariate in columns}
+        for covariate in columns:
+            name, words = covariate["name"], covariate.get("words")
+            if row[name].lower() not in MISSING and (values[name] not in words if words else values[name] is None):
+                right = f"one of {words}" if words else "a number"
                 raise BundleError(
-                    f"covariates: line {line} of {path!r}: {name} is {text!r}; expected {expected}, or n/a"
+                    f"covariates: line {line} of {path!r}: {name} is {row[name]!r}; expected {right}, or n/a"
                 )
         found.append(values)
     return found

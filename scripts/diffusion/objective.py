@@ -81,14 +81,17 @@ class SeededPrepareBatch(DiffusionPrepareBatch):
 
     def timestep(self, u: float) -> float:
         """The u-quantile, in (0, 1), of the timesteps that `timestep_sampling` names, or of one part of them."""
-        low, high = self.sigma_range
         if self.timestep_sampling == "uniform":
             return self.uniform_timestep(u)
         if self.timestep_sampling == "lognormal":
             if u >= 0.75:
-                return self.timestep_of(math.exp(-1.2) * (high / math.exp(-1.2)) ** (4 * u - 3))
+                return self.log_uniform_timestep(math.exp(-1.2), 4 * u - 3)
             return self.timestep_of(math.exp(NormalDist(-1.2, 1.2).inv_cdf(max(u / 0.75, 1e-12))))
-        return self.uniform_timestep(2 * u) if u < 0.5 else self.timestep_of(low * (high / low) ** (2 * u - 1))
+        return self.uniform_timestep(2 * u) if u < 0.5 else self.log_uniform_timestep(self.sigma_range[0], 2 * u - 1)
+
+    def log_uniform_timestep(self, low: float, u: float) -> float:
+        """The u-quantile of the timesteps that are uniform in log sigma from `low` up to `sigma_max`."""
+        return self.timestep_of(low * (self.sigma_range[1] / low) ** u)
 
     def timestep_of(self, sigma: float) -> float:
         """The timestep at which s / a is nearest to `sigma`; a fraction where the scheduler takes one."""

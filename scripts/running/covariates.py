@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scripts.running.tables import MISSING, number
+
 CLASS = "class"
 REQUESTS = "samples.csv"  # beside synthetic volumes: what each was asked to be
 Covariate = Mapping[str, Any]
@@ -40,6 +42,13 @@ def unknown_of(covariates: Sequence[Covariate]) -> Any:
         return 0
     values = [float(len(c["words"])) if "words" in c else math.nan for c in covariates]
     return int(values[0]) if one_word(covariates) else values
+
+
+def value_of(covariate: Covariate, text: str) -> float | str | None:
+    """What the text of a table says of a covariate; None where it is missing, or no number where one is wanted."""
+    if text.lower() in MISSING:
+        return None
+    return text if "words" in covariate else number(text)
 
 
 def encoded(values: Mapping[str, Any], covariates: Sequence[Covariate]) -> Any:

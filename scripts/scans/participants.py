@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from scripts.running.covariates import CLASS, Covariate, encoded, known_covariates, num_class_embeds, of_classes
+from scripts.running.covariates import (
+    CLASS,
+    Covariate,
+    encoded,
+    known_covariates,
+    num_class_embeds,
+    of_classes,
+    value_of,
+)
 from scripts.running.errors import BundleError
 from scripts.running.tables import MISSING, number, read_table
 from scripts.scans.classes import check_table, with_classes
@@ -152,7 +160,7 @@ class Covariates:
             return images
         rows: dict[str, tuple[int, dict[str, Any]]] = {}
         for line, row in self.rows:
-            values = {c["name"]: self.value(c, row) for c in self.known if c["name"] in self.names}
+            values = {c["name"]: value_of(c, row[c["name"]]) for c in self.known if c["name"] in self.names}
             key = self.key_of(row)
             if key in rows and rows[key][1] != values:
                 raise BundleError(
@@ -187,13 +195,6 @@ class Covariates:
             item | {"covariates": item.get("covariates", {}) | (rows[key][1] if key else nothing)}
             for item, key in zip(images, keys, strict=True)
         ]
-
-    def value(self, covariate: Covariate, row: Mapping[str, str]) -> float | str | None:
-        """What a row says of a covariate; None where that is unknown."""
-        text = row[covariate["name"]]
-        if text.lower() in MISSING:
-            return None
-        return text if "words" in covariate else number(text)
 
     def described(self, training: Sequence[Mapping[str, Any]]) -> list[Covariate]:
         """The covariates with what the training subjects say: means, standard deviations and ranges of the numbers.
